@@ -1,0 +1,65 @@
+"""The way from Python to the C++ core: one module, two questions (may this call use it on the CPU, on CUDA?)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CORE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def core() -> Any:
+    """The extension module ``pyrlhf._C``, on the instruction set that ``PYRLHF_ISA`` names (default: the best this CPU has).
+
+    torch is imported before it on purpose: both then share torch's libgomp, one pool of threads.
+    Raises ImportError if the extension is not built, ValueError if ``PYRLHF_ISA`` names an unknown or missing instruction set.
+    """
+    try:
+        from pyrlhf import _C
+    except ImportError as error:
+        raise ImportError(
+            "pyrlhf's C++ core (pyrlhf._C) cannot be loaded: build it with `pip install .` (or `pip install -e .`) in the "
+            f"source folder, or set PYRLHF_BACKEND=ref to run on plain PyTorch. The loader said: {error}"
+        ) from error
+    forced = os.environ.get("PYRLHF_ISA")
+    if forced:
+        _C.set_isa(forced)
+    return _C
+
+
+def use_core(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go to the C++ core on the CPU: all there, every float one float32 or bfloat16, and not switched off."""
+    return not _reference_wanted() and all(t is None or (t.device.type == "cpu" and _supported(t)) for t in tensors)
+
+
+def use_cuda_core(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go to the core's CUDA half: all on CUDA, float32 or bfloat16, and that half is built."""
+    if _reference_wanted() or not all(t is None or (t.is_cuda and _supported(t)) for t in tensors):
+        return False
+    return bool(core().cuda_built)
+
+
+def cuda_stream(t: Tensor) -> int:
+    """The handle of the current CUDA stream on the device of ``t``."""
+    return int(torch.cuda.current_stream(t.device).cuda_stream)
+
+
+def address(t: Tensor | None) -> int:
+    """The data pointer of ``t``, 0 for None."""
+    return 0 if t is None else t.data_ptr()
+
+
+def _supported(t: Tensor) -> bool:
+    return not t.is_floating_point() or t.dtype in CORE_DTYPES
+
+
+def _reference_wanted() -> bool:
+    backend = os.environ.get("PYRLHF_BACKEND", "auto")
+    if backend not in ("auto", "ref"):
+        raise ValueError(f"PYRLHF_BACKEND must be 'auto' or 'ref', found {backend!r}")
+    return backend == "ref"

@@ -1,0 +1,35 @@
+"""Registration with torch.library, so that torch.compile(fullgraph=True) sees ops and no graph break."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+lib = torch.library.Library("pyrlhf", "DEF")
+
+
+def define(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Defines ``pyrlhf::<schema>`` and returns it, ready to call.
+
+    schema: ``"gae(Tensor rewards, ..., float gamma) -> (Tensor, Tensor)"``, arguments positional.
+    impl: runs on real tensors of any device, outputs must not alias inputs; the place for checks of values.
+    fake: gives outputs of the right shape, dtype and device without data.
+    backward(ctx, *output_grads) -> one gradient (or None) an input; setup_context(ctx, inputs, output) saves what it needs.
+    """
+    name = schema.split("(", 1)[0]
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    lib.impl(name, impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyrlhf::{name}", fake, lib=lib)
+    if backward is not None:
+        torch.library.register_autograd(f"pyrlhf::{name}", backward, setup_context=setup_context, lib=lib)
+    overload: Callable[..., Any] = getattr(torch.ops.pyrlhf, name).default
+    return overload
