@@ -1,0 +1,1 @@
+"""Training on DeepSpeed (`zero`), training and generating with one set of weights (`hybrid`), saving both (`checkpoint`)."""
