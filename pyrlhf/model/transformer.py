@@ -1,0 +1,267 @@
+"""One transformer for the GPT family and its kin, over packed tokens.
+
+Training, scoring and generation run this same forward; only the ``Attend`` that is handed in differs: packed attention
+for whole sequences, the paged cache for decoding. Every weight is used inside the forward of the module that owns it,
+so ZeRO 3 can gather and free it there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyrlhf import ops
+from pyrlhf.model.config import ModelConfig
+
+
+class Attend(Protocol):
+    """Attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. A cache stores k and v here."""
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
+    ) -> Tensor: ...
+
+
+class PackedAttention:
+    """An ``Attend`` over whole packed sequences.
+
+    Args:
+        cu_seqlens: int32 [S + 1], where each sequence starts and ends.
+        prefix: int32 [S, 2] or None: the packed tokens that sequence s also sees (a prompt shared by its answers).
+    """
+
+    def __init__(self, cu_seqlens: Tensor, prefix: Tensor | None = None) -> None:
+        self.cu_seqlens, self.prefix = cu_seqlens, prefix
+        self._reach: int | None = None
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
+    ) -> Tensor:
+        if window is not None and self.prefix is not None and window >= self._longest(self.prefix):
+            window = None  # a window that cuts nothing off; the op takes no window together with a prefix
+        return ops.attention(q, k, v, self.cu_seqlens, causal=causal, window=window, prefix=self.prefix, scale=scale)
+
+    def _longest(self, prefix: Tensor) -> int:
+        """The most tokens that any sequence spans, its prefix included."""
+        if self._reach is None:
+            lengths = self.cu_seqlens.diff() + (prefix[:, 1] - prefix[:, 0])
+            self._reach = int(lengths.max()) if lengths.numel() else 0
+        return self._reach
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm; with ``residual`` also the sum x + residual that it normalised."""
+
+    def __init__(self, size: int, kind: str, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size)) if kind == "layer" else None
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return ops.rms_norm(x, self.weight, eps=self.eps)
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class ResidualNorm(Norm):
+    """A norm of the residual stream: (branch, residual) -> (normalised sum, sum)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        if residual is None:
+            return super().forward(x), x
+        if self.bias is None:
+            return ops.rms_norm(x, self.weight, eps=self.eps, residual=residual)
+        return ops.layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
+
+
+class Rotary(nn.Module):
+    """Holds the rotary frequencies, float32 whatever the model's dtype, and rotates q and k."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", rotary_frequencies(config), persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rotary(q, k, positions, self.inv_freq)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
+        # A cast to bf16 would destroy the low frequencies, and leaving the meta device would leave them unset.
+        super()._apply(fn, recurse)
+        if not self.inv_freq.is_meta:
+            self.inv_freq = rotary_frequencies(self.config).to(self.inv_freq.device)
+        return self
+
+
+def rotary_frequencies(config: ModelConfig) -> Tensor:
+    """float32 [head_dim / 2]: theta^(-2i / head_dim), scaled as ``config.rope_scaling`` says.
+
+    "llama3" keeps wavelengths shorter than original / high_freq_factor, divides those longer than
+    original / low_freq_factor by ``factor`` and blends in between (Llama 3.1 model code, ``apply_scaling``).
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slowed
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * slowed
+
+
+class Embedding(nn.Module):
+    """Token embedding plus, where the config has them, position and token-type embeddings and their norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.tokens = nn.Embedding(config.vocab_size, width)
+        self.positions = nn.Embedding(config.max_positions, width) if config.positions == "learned" else None
+        self.types = nn.Embedding(config.token_types, width) if config.token_types else None
+        self.norm = Norm(width, config.norm, config.norm_eps) if config.embedding_norm else None
+
+    def forward(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
+        try:
+            x = self.tokens(tokens)
+            if self.positions is not None:
+                x = x + self.positions(positions)
+        except IndexError:
+            raise self._out_of_range(tokens, positions) from None
+        if self.types is not None:
+            x = x + self.types(torch.zeros_like(tokens) if token_types is None else token_types)
+        return x if self.norm is None else self.norm(x)
+
+    def _out_of_range(self, tokens: Tensor, positions: Tensor) -> ValueError:
+        vocab = self.tokens.num_embeddings
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab:
+            return ValueError(f"tokens: expected ids in [0, {vocab}); found {low if low < 0 else high}")
+        rows = self.positions.num_embeddings if self.positions is not None else 0
+        found = f"found [{int(positions.min())}, {int(positions.max())}]"
+        return ValueError(f"positions: expected 0 .. max_positions - 1 = {rows - 1}; {found}; shorten the sequences")
+
+
+class Attention(nn.Module):
+    """Queries, keys and values from one matrix, per-head norms and rotary, the attention itself, the output matrix."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.causal = layer, config.causal
+        self.window, self.scale = config.window(layer), config.attention_scale
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        width = config.num_heads * config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
+        self.q_norm = Norm(config.head_dim, "rms", config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, "rms", config.norm_eps) if config.qk_norm else None
+        self.rotary = Rotary(config) if config.positions == "rotary" else None
+        self.output = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k, positions)
+        out = attend(self.layer, q, k, v, causal=self.causal, window=self.window, scale=self.scale)
+        return self.output(out.reshape(x.shape[0], -1))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or down(activation(gate) * up) with gate and up as the halves of one matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated, self.activation = config.gated, activation(config.activation)
+        inner = config.intermediate_size
+        self.up = nn.Linear(config.hidden_size, 2 * inner if config.gated else inner, bias=config.mlp_bias)
+        self.down = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        if not self.gated:
+            return self.down(self.activation(h))
+        gate, up = h.chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The element-wise function called ``name`` in ModelConfig."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "gelu": F.gelu,
+        "gelu_new": gelu_tanh,
+        "quick_gelu": quick_gelu,
+        "relu": F.relu,
+        "silu": F.silu,
+    }
+    return functions[name]
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in the tanh form that GPT-1 and GPT-2 were trained with (arXiv:1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU approximated by x * sigmoid(1.702 x) (arXiv:1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Layer(nn.Module):
+    """One block. The residual stream travels as (branch, residual), so that each norm also does the addition."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.pre = config.norm_position == "pre"
+        self.attention_norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, branch: Tensor, residual: Tensor | None, positions: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.pre:
+            x, residual = self.attention_norm(branch, residual)
+            x, residual = self.mlp_norm(self.attention(x, positions, attend), residual)
+            return self.mlp(x), residual
+        x, _ = self.attention_norm(self.attention(branch, positions, attend), branch)
+        x, _ = self.mlp_norm(self.mlp(x), x)
+        return x, None
+
+
+class Transformer(nn.Module):
+    """The trunk that every head shares: packed tokens in, hidden states after the last norm out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        pre = config.norm_position == "pre"
+        self.norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps) if pre else None
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, attend: Attend, *, token_types: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [T, hidden_size] of tokens [T] int64 at positions [T] int64 within their sequences.
+
+        ``token_types`` int64 [T] for models that have them (zeros by default). Raises ValueError for ids or learned
+        positions out of range (CPU; on CUDA the embedding kernel asserts).
+        """
+        x, residual = self.embed(tokens, positions, token_types), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, positions, attend)
+        return x if self.norm is None else self.norm(x, residual)[0]
