@@ -70,6 +70,14 @@ def values_readable(t: Tensor) -> bool:
     return t.device.type == "cpu" or os.environ.get("PYRLHF_CHECK") == "1"
 
 
+def float_dtypes(t: object, *, reference: bool = False) -> tuple[torch.dtype, ...]:
+    """The float dtypes that an op takes where ``t`` lives: float16 on CUDA only; a reference takes all of them and float64."""
+    if reference:
+        return (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    on_cuda = isinstance(t, Tensor) and t.is_cuda
+    return (torch.float32, torch.bfloat16, torch.float16) if on_cuda else (torch.float32, torch.bfloat16)
+
+
 def check_number(op: str, name: str, value: object, *, low: float, high: float, low_open: bool = False) -> None:
     """Raises unless ``value`` is a real number in [low, high] (``low_open``: above low)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

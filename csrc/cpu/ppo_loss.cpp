@@ -1,0 +1,133 @@
+// PPO's clipped policy loss and clipped value loss: one pass over the tokens gives both losses, both gradients and the
+// statistics. Sums are taken over fixed blocks of ppo_block tokens, then over the blocks in order, in double: the bits do
+// not depend on the number of threads.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace pyrlhf {
+namespace PYRLHF_ISA {
+namespace {
+
+struct Sums {
+    vf policy, value, kl, clipped, value_clipped, ratio, ratio_max;
+};
+
+struct Tokens {
+    vf logprob, old_logprob, advantage, value, old_value, target, weight;
+};
+
+PYRLHF_INLINE Tokens load_tokens(const PpoArrays& in, float weight, int64_t at) {
+    return {load(in.logprobs + at),   load(in.old_logprobs + at), load(in.advantages + at),
+            load(in.values + at),     load(in.old_values + at),   load(in.returns + at),
+            in.weights ? load(in.weights + at) : broadcast(weight)};
+}
+
+PYRLHF_INLINE vf first_of(float x, int n) {
+    vf out = {};
+    for (int j = 0; j < n; ++j) out[j] = x;
+    return out;
+}
+
+// Tokens beyond n have weight 0 and harmless numbers.
+PYRLHF_INLINE Tokens load_last_tokens(const PpoArrays& in, float weight, int64_t at, int n) {
+    return {load_first(in.logprobs + at, n, 0),   load_first(in.old_logprobs + at, n, 0),
+            load_first(in.advantages + at, n, 0), load_first(in.values + at, n, 0),
+            load_first(in.old_values + at, n, 0), load_first(in.returns + at, n, 0),
+            in.weights ? load_first(in.weights + at, n, 0) : first_of(weight, n)};
+}
+
+// r - 1 - log r with r = e^d: near 0 the three terms cancel, so the series d^2 (1/2 + d/6 + d^2/24 + ...) takes over.
+PYRLHF_INLINE vf kl_estimate(vf d, vf ratio) {
+    vf p = broadcast(1.0f / 40320);
+    p = p * d + 1.0f / 5040;
+    p = p * d + 1.0f / 720;
+    p = p * d + 1.0f / 120;
+    p = p * d + 1.0f / 24;
+    p = p * d + 1.0f / 6;
+    p = p * d + 0.5f;
+    return absolute(d) < 0.5f ? p * d * d : (ratio - 1.0f) - d;
+}
+
+PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& sums, vf& grad_logprob, vf& grad_value) {
+    const vf zero = {};
+    const vf d = x.logprob - x.old_logprob;
+    const vf ratio = exp(d);
+    const vf plain = -x.advantage * ratio;
+    const vf bounded = -x.advantage * clamp(ratio, broadcast(1.0f - options.clip), broadcast(1.0f + options.clip));
+    const vi clipped = bounded > plain;
+    vf policy = clipped ? bounded : larger(plain, bounded);
+    const vf cap = -options.dual_clip * x.advantage;
+    const vi capped = (x.advantage < 0.0f) & (policy > cap);
+    policy = capped ? cap : policy;
+    grad_logprob = x.weight * ((clipped | capped) ? zero : plain);
+
+    const vf error = x.value - x.target;
+    const vf near = clamp(x.value, x.old_value - options.value_clip, x.old_value + options.value_clip) - x.target;
+    const vi value_clipped = near * near > error * error;
+    const vf squared = larger(error * error, near * near);
+    grad_value = x.weight * (value_clipped ? zero : (squared == squared ? error : squared));
+
+    const vf one = broadcast(1.0f);
+    sums.policy += x.weight * policy;
+    sums.value += x.weight * (0.5f * squared);
+    sums.kl += x.weight * kl_estimate(d, ratio);
+    sums.clipped += x.weight * ((clipped | capped) ? one : zero);
+    sums.value_clipped += x.weight * (value_clipped ? one : zero);
+    sums.ratio += x.weight * ratio;
+    sums.ratio_max = larger(sums.ratio_max, x.weight != 0.0f ? ratio : zero);
+}
+
+PYRLHF_INLINE void reduce(const Sums& sums, double* row) {
+    row[0] = sum(sums.policy);
+    row[1] = sum(sums.value);
+    row[2] = sum(sums.kl);
+    row[3] = sum(sums.clipped);
+    row[4] = sum(sums.value_clipped);
+    row[5] = sum(sums.ratio);
+    row[6] = 0.0;
+    for (int j = 0; j < W; ++j) {
+        const double r = sums.ratio_max[j];
+        if (r > row[6] || r != r) row[6] = r;
+    }
+}
+
+PYRLHF_INLINE void one_block(const PpoArrays& in, const PpoOptions& options, int64_t first, int64_t last,
+                             float* grad_logprobs, float* grad_values, double* row) {
+    Sums sums = {};
+    vf grad_logprob, grad_value;
+    int64_t at = first;
+    for (; at + W <= last; at += W) {
+        add_tokens(load_tokens(in, options.weight, at), options, sums, grad_logprob, grad_value);
+        store(grad_logprobs + at, grad_logprob);
+        store(grad_values + at, grad_value);
+    }
+    if (const int left = static_cast<int>(last - at); left > 0) {
+        add_tokens(load_last_tokens(in, options.weight, at, left), options, sums, grad_logprob, grad_value);
+        store_first(grad_logprobs + at, grad_logprob, left);
+        store_first(grad_values + at, grad_value, left);
+    }
+    reduce(sums, row);
+}
+
+}  // namespace
+
+void ppo_loss(const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs, float* grad_values,
+              float* out, double* scratch, int threads) {
+    const int64_t blocks = (n + ppo_block - 1) / ppo_block;
+#pragma omp parallel for schedule(static) num_threads(blocks < 4 ? 1 : threads)
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = b * ppo_block, last = first + ppo_block < n ? first + ppo_block : n;
+        one_block(in, options, first, last, grad_logprobs, grad_values, scratch + b * ppo_sums);
+    }
+    double total[ppo_sums] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+        const double* row = scratch + b * ppo_sums;
+        for (int k = 0; k < ppo_sums - 1; ++k) total[k] += row[k];
+        double& most = total[ppo_sums - 1];
+        if (row[ppo_sums - 1] > most || row[ppo_sums - 1] != row[ppo_sums - 1]) most = row[ppo_sums - 1];
+    }
+    for (int k = 0; k < ppo_sums; ++k) out[k] = static_cast<float>(total[k]);
+}
+
+}  // namespace PYRLHF_ISA
+}  // namespace pyrlhf

@@ -1,0 +1,327 @@
+// Sampling from rows of logits: temperature, top-k, top-p, min-p, and the log-prob under the distribution really drawn from.
+//
+// The draw is exact integer arithmetic, so every instruction set, thread count and the plain-PyTorch reference pick the same
+// token. With z = (logit - max) / temperature, a token weighs w = floor(e^z 2^40); e^z is a fixed sequence of float32
+// operations (this file is compiled without fused multiply-add; pyrlhf/ops/sample.py mirrors `weigh`). Weights sum exactly
+// in 64 bits, the Philox draw u of (seed, id, position) points at floor(u * sum), and the first token whose running sum
+// passes that point is the sample.
+//
+// Order the tokens by logit, equal ones by id. Each filter keeps a prefix of that order, so all filters together are one
+// cut: the last kept (logit, id). A histogram of z finds the bin in which the cut lies; only that bin is sorted.
+#include <cmath>
+#include <cstdlib>
+
+#include "core/philox.h"
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+namespace pyrlhf {
+namespace PYRLHF_ISA {
+namespace {
+
+constexpr int64_t chunk = 1024;         // tokens a partial sum; also bounds the int32 lanes in `Weights`
+constexpr int bins = 2048;              // of z in (-32, 0], 64 a unit; what lies below weighs nothing and shares the last
+constexpr float infinity = __builtin_inff();
+
+struct Cut {
+    float logit = -infinity;
+    int32_t id = INT32_MAX;
+    float least_z = -infinity;  // min-p
+};
+
+template <typename T>
+struct Row {
+    const T* logits;
+    int64_t vocab;
+    float top;      // the largest logit
+    float inverse;  // 1 / temperature
+};
+
+struct Candidate {
+    float logit;
+    int32_t id;
+};
+
+struct Scratch {
+    uint32_t* counts;       // [bins]
+    int64_t* masses;        // [bins]
+    int64_t* chunks;        // [vocab / chunk + 1]
+    Candidate* candidates;  // [2 * vocab]: the bin being sorted and the sort's other buffer
+};
+
+template <typename T>
+PYRLHF_INLINE vf load_some(const T* p, int64_t left) {
+    return left >= W ? load(p) : load_first(p, static_cast<int>(left), -infinity);
+}
+
+template <typename T>
+PYRLHF_INLINE vf scaled(const Row<T>& row, vf logits) {
+    return (logits - row.top) * row.inverse;
+}
+
+// w = high * 2^20 + low = floor(e^z 2^40), for z <= 0.
+struct Weights {
+    vi high, low;
+};
+
+PYRLHF_INLINE Weights weigh(vf z) {
+    z = z < -32.0f ? broadcast(-32.0f) : z;
+    const vf n = round_small(z * 1.44269504088896341f);
+    const vf r = (z - n * 0.693359375f) - n * -2.12194440e-4f;
+    vf p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = ((p * r) * r + r) + 1.0f;
+    const vf scaled = p * (vf)((__builtin_convertvector(n, vi) + (127 + 20)) << 23);
+    const vi high = __builtin_convertvector(scaled, vi);
+    const vf rest = (scaled - __builtin_convertvector(high, vf)) * 1048576.0f;
+    return {high, __builtin_convertvector(rest, vi)};
+}
+
+PYRLHF_INLINE int64_t total(vi high, vi low) { return (sum(high) << 20) + sum(low); }
+PYRLHF_INLINE int64_t at_lane(const Weights& w, int j) { return (int64_t{w.high[j]} << 20) + w.low[j]; }
+
+PYRLHF_INLINE vi lanes() {
+    vi out = {};
+    for (int j = 0; j < W; ++j) out[j] = j;
+    return out;
+}
+
+template <typename T>
+PYRLHF_INLINE Weights kept_weights(const Row<T>& row, const Cut& cut, int64_t at) {
+    const vf logits = load_some(row.logits + at, row.vocab - at);
+    const vf z = scaled(row, logits);
+    const vi ids = lanes() + static_cast<int32_t>(at);
+    const vi kept = ((logits > cut.logit) | ((logits == cut.logit) & (ids <= cut.id))) & (z >= cut.least_z);
+    const Weights w = weigh(z);
+    return {w.high & kept, w.low & kept};
+}
+
+PYRLHF_INLINE int bin_of(float z) { return z > -32.0f ? static_cast<int>(z * -64.0f) : bins - 1; }
+
+// The first bin in which the running total reaches `wanted`; `before` becomes the total of the bins above it.
+template <typename Number>
+PYRLHF_INLINE int bin_reaching(const Number* totals, int64_t wanted, int64_t& before) {
+    before = 0;
+    int bin = 0;
+    while (bin < bins - 1 && before + static_cast<int64_t>(totals[bin]) < wanted) before += totals[bin++];
+    return bin;
+}
+
+PYRLHF_INLINE uint32_t descending_key(float x) {
+    uint32_t bits;
+    x += 0.0f;  // -0 and 0 are equal logits
+    memcpy(&bits, &x, sizeof(bits));
+    return bits >> 31 ? bits : 0x7FFFFFFFu ^ bits;
+}
+
+// Largest logit first, equal logits in the order they came (by id): a radix sort on the logit's bits is stable.
+PYRLHF_INLINE void sort_candidates(Candidate* from, Candidate* other, int64_t n) {
+    for (int shift = 0; shift < 32; shift += 8) {
+        int64_t starts[257] = {};
+        for (int64_t i = 0; i < n; ++i) ++starts[((descending_key(from[i].logit) >> shift) & 255) + 1];
+        for (int digit = 0; digit < 256; ++digit) starts[digit + 1] += starts[digit];
+        for (int64_t i = 0; i < n; ++i) other[starts[(descending_key(from[i].logit) >> shift) & 255]++] = from[i];
+        Candidate* const swapped = from;
+        from = other;
+        other = swapped;
+    }
+}
+
+// The tokens of one bin, sorted.
+template <typename T>
+PYRLHF_INLINE int64_t sorted_bin(const Row<T>& row, int bin, Candidate* out) {
+    int64_t n = 0;
+    for (int64_t at = 0; at < row.vocab; at += W) {
+        const vf logits = load_some(row.logits + at, row.vocab - at);
+        const vf z = scaled(row, logits);
+        const int last = row.vocab - at < W ? static_cast<int>(row.vocab - at) : W;
+        for (int j = 0; j < last; ++j) {
+            if (bin_of(z[j]) != bin) continue;
+            out[n++] = {logits[j], static_cast<int32_t>(at + j)};
+        }
+    }
+    sort_candidates(out, out + row.vocab, n);
+    return n;
+}
+
+template <typename T>
+PYRLHF_INLINE int64_t weight_of(const Row<T>& row, float logit) {
+    return at_lane(weigh(scaled(row, broadcast(logit))), 0);
+}
+
+// Counts and weights a bin. Tokens after the cut are left out.
+template <typename T>
+PYRLHF_INLINE int64_t fill_histogram(const Row<T>& row, const Cut& cut, Scratch& scratch) {
+    memset(scratch.counts, 0, bins * sizeof(uint32_t));
+    memset(scratch.masses, 0, bins * sizeof(int64_t));
+    int64_t mass = 0;
+    for (int64_t at = 0; at < row.vocab; at += W) {
+        const vf z = scaled(row, load_some(row.logits + at, row.vocab - at));
+        const Weights w = kept_weights(row, cut, at);
+        const int last = row.vocab - at < W ? static_cast<int>(row.vocab - at) : W;
+        for (int j = 0; j < last; ++j) {
+            const int bin = bin_of(z[j]);
+            const int64_t weight = at_lane(w, j);
+            ++scratch.counts[bin];
+            scratch.masses[bin] += weight;
+            mass += weight;
+        }
+    }
+    return mass;
+}
+
+template <typename T>
+PYRLHF_INLINE void cut_top_k(const Row<T>& row, int64_t k, Scratch& scratch, Cut& cut) {
+    int64_t before;
+    const int bin = bin_reaching(scratch.counts, k, before);
+    sorted_bin(row, bin, scratch.candidates);
+    const Candidate& last = scratch.candidates[k - before - 1];
+    cut.logit = last.logit;
+    cut.id = last.id;
+}
+
+// Keeps tokens until their running weight first reaches top_p of the mass, that token included. The cut so far holds.
+template <typename T>
+PYRLHF_INLINE void cut_top_p(const Row<T>& row, double top_p, int64_t mass, Scratch& scratch, Cut& cut) {
+    const int64_t wanted = static_cast<int64_t>(std::floor(top_p * static_cast<double>(mass)));
+    int64_t running;
+    const int bin = bin_reaching(scratch.masses, wanted < 1 ? 1 : wanted, running);
+    const int64_t n = sorted_bin(row, bin, scratch.candidates);
+    int64_t last = -1;
+    do {
+        ++last;
+        running += weight_of(row, scratch.candidates[last].logit);
+    } while (running < wanted && last + 1 < n);
+    cut.logit = scratch.candidates[last].logit;
+    cut.id = scratch.candidates[last].id;
+}
+
+template <typename T>
+PYRLHF_INLINE Cut find_cut(const Row<T>& row, const SampleOptions& options, Scratch& scratch) {
+    Cut cut;
+    const bool by_count = options.top_k > 0 && options.top_k < row.vocab, by_mass = options.top_p < 1.0;
+    if (by_count) {
+        fill_histogram(row, cut, scratch);
+        cut_top_k(row, options.top_k, scratch, cut);
+    }
+    if (by_mass) cut_top_p(row, options.top_p, fill_histogram(row, cut, scratch), scratch, cut);
+    cut.least_z = options.log_min_p;
+    return cut;
+}
+
+template <typename T>
+PYRLHF_INLINE int64_t sum_chunks(const Row<T>& row, const Cut& cut, int64_t* chunks) {
+    int64_t sum_of_all = 0;
+    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c) {
+        const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
+        vi high = {}, low = {};
+        for (int64_t at = first; at < last; at += W) {
+            const Weights w = kept_weights(row, cut, at);
+            high += w.high;
+            low += w.low;
+        }
+        sum_of_all += chunks[c] = total(high, low);
+    }
+    return sum_of_all;
+}
+
+// The first token whose running weight exceeds `point`.
+template <typename T>
+PYRLHF_INLINE int64_t token_at(const Row<T>& row, const Cut& cut, const int64_t* chunks, int64_t point) {
+    int64_t c = 0, running = 0;
+    while (running + chunks[c] <= point) running += chunks[c++];
+    for (int64_t at = c * chunk;; at += W) {
+        const Weights w = kept_weights(row, cut, at);
+        for (int j = 0; j < W; ++j) {
+            running += at_lane(w, j);
+            if (running > point) return at + j;
+        }
+    }
+}
+
+// The largest logit; false if the row holds NaN, +infinity or nothing above -infinity.
+template <typename T>
+PYRLHF_INLINE bool find_top(Row<T>& row) {
+    vf top = broadcast(-infinity);
+    vi bad = {};
+    for (int64_t at = 0; at < row.vocab; at += W) {
+        const vf x = load_some(row.logits + at, row.vocab - at);
+        bad |= x != x;
+        top = x > top ? x : top;
+    }
+    row.top = largest(top);
+    return !any(bad) && row.top > -infinity && row.top < infinity;
+}
+
+template <typename T>
+PYRLHF_INLINE int64_t first_top(const Row<T>& row) {
+    for (int64_t i = 0;; ++i)
+        if (to_float(row.logits[i]) == row.top) return i;
+}
+
+template <typename T>
+PYRLHF_INLINE void sample_row(Row<T> row, const SampleOptions& options, uint64_t id, uint64_t position, Scratch& scratch,
+                              int64_t& token, float& logprob) {
+    const bool greedy = options.inverse_temperature == 0.0f;
+    row.inverse = greedy ? 1.0f : options.inverse_temperature;
+    const Cut cut = greedy ? Cut{} : find_cut(row, options, scratch);
+    const int64_t mass = sum_chunks(row, cut, scratch.chunks);
+    if (greedy) {
+        token = first_top(row);
+    } else {
+        const unsigned __int128 product =
+            static_cast<unsigned __int128>(keyed_bits62(options.seed, id, position)) * static_cast<uint64_t>(mass);
+        token = token_at(row, cut, scratch.chunks, static_cast<int64_t>(product >> 62));
+    }
+    const float z = (to_float(row.logits[token]) - row.top) * row.inverse;
+    logprob = static_cast<float>(static_cast<double>(z) - std::log(static_cast<double>(mass) * 0x1p-40));
+}
+
+template <typename T>
+int64_t sample_rows(const T* logits, const int64_t* ids, const int64_t* positions, const SampleOptions& options,
+                    int64_t rows, int64_t vocab, int64_t row_stride, int64_t* tokens, float* logprobs, int threads) {
+    int64_t first_bad = rows;
+    const bool alone = rows * vocab < 8192;
+#pragma omp parallel num_threads(alone ? 1 : threads) reduction(min : first_bad)
+    {
+        const int64_t chunks = vocab / chunk + 1;
+        const size_t bytes = bins * (sizeof(int64_t) + sizeof(uint32_t)) + static_cast<size_t>(chunks) * sizeof(int64_t) +
+                             2 * static_cast<size_t>(vocab) * sizeof(Candidate);
+        char* memory = static_cast<char*>(malloc(bytes));  // untouched pages cost nothing where no filter is on
+        Scratch scratch;
+        scratch.masses = reinterpret_cast<int64_t*>(memory);
+        scratch.chunks = scratch.masses + bins;
+        scratch.candidates = reinterpret_cast<Candidate*>(scratch.chunks + chunks);
+        scratch.counts = reinterpret_cast<uint32_t*>(scratch.candidates + 2 * vocab);
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < rows; ++b) {
+            Row<T> row = {logits + b * row_stride, vocab, 0.0f, 0.0f};
+            if (memory && find_top(row))
+                sample_row(row, options, static_cast<uint64_t>(ids[b]), static_cast<uint64_t>(positions[b]), scratch,
+                           tokens[b], logprobs[b]);
+            else if (b < first_bad)
+                first_bad = b;
+        }
+        free(memory);
+    }
+    return first_bad == rows ? -1 : first_bad;
+}
+
+}  // namespace
+
+int64_t sample(const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,
+               const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride, int64_t* tokens,
+               float* logprobs, int threads) {
+    if (dtype == DType::bfloat16)
+        return sample_rows(static_cast<const bf16*>(logits), ids, positions, options, rows, vocab, row_stride, tokens,
+                           logprobs, threads);
+    return sample_rows(static_cast<const float*>(logits), ids, positions, options, rows, vocab, row_stride, tokens,
+                       logprobs, threads);
+}
+
+}  // namespace PYRLHF_ISA
+}  // namespace pyrlhf
