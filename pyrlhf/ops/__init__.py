@@ -2,4 +2,32 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from pyrlhf.ops.attention import attention, attention_ref
+from pyrlhf.ops.decode_attention import decode_attention, decode_attention_ref
+from pyrlhf.ops.layer_norm import layer_norm, layer_norm_ref
+from pyrlhf.ops.linear_logprob import linear_logprob, linear_logprob_ref
+from pyrlhf.ops.packed_linear import PackedWeight, pack_weight, packed_linear, packed_linear_ref
+from pyrlhf.ops.rms_norm import rms_norm, rms_norm_ref
+from pyrlhf.ops.rotary import rotary, rotary_ref
+from pyrlhf.ops.write_kv import write_kv, write_kv_ref
+
+__all__ = [
+    "PackedWeight",
+    "attention",
+    "attention_ref",
+    "decode_attention",
+    "decode_attention_ref",
+    "layer_norm",
+    "layer_norm_ref",
+    "linear_logprob",
+    "linear_logprob_ref",
+    "pack_weight",
+    "packed_linear",
+    "packed_linear_ref",
+    "rms_norm",
+    "rms_norm_ref",
+    "rotary",
+    "rotary_ref",
+    "write_kv",
+    "write_kv_ref",
+]
