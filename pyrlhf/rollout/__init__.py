@@ -1,0 +1,8 @@
+"""Generation: prompts -> Rollouts, by the same modules and weights that are trained, through a paged KV cache."""
+
+from __future__ import annotations
+
+from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
+from pyrlhf.rollout.generator import Generator, Rollouts, Sampling
+
+__all__ = ["Generator", "PagedCache", "PagedDecode", "PagedPrefill", "Rollouts", "Sampling"]
