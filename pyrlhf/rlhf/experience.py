@@ -1,0 +1,241 @@
+"""Experience: the responses of one PPO update with everything the update needs to know of them, and how it is made, step by step.
+
+The record is gathered from all ranks, so every rank holds the same one: whitening, rewards, advantages and statistics need no further
+communication and do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyrlhf import ops
+from pyrlhf.data import PackedBatch, pack, share_by_tokens
+from pyrlhf.rlhf.kl import Estimator, kl_estimate
+from pyrlhf.rlhf.losses import Forward, response_rows, whiten
+
+if TYPE_CHECKING:
+    from pyrlhf.rollout import Rollouts
+
+#: What becomes of a response that did not end within its budget: a fixed score, no place in the update, or the model's own score.
+Truncated = Literal["penalise", "drop", "score"]
+
+_EMPTY = torch.empty(0)
+
+
+@dataclass
+class Responses:
+    """Prompts with one sampled response each, as token ids; the order is that of the sample ids, whatever the number of ranks."""
+
+    sequences: list[list[int]]  # prompt + response
+    prompt_lengths: list[int]
+    finish: list[str]  # "eos" | "stop" | "length"
+    sampled_logprobs: list[Tensor]  # float32 [response tokens] each, under the distribution sampled from
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(sequence) for sequence in self.sequences]
+
+    def select(self, indices: Sequence[int]) -> Responses:
+        return Responses(*([getattr(self, f.name)[i] for i in indices] for f in fields(self)))
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> Responses:
+        cu, tokens, logprobs = rollouts.cu_seqlens.tolist(), rollouts.tokens.tolist(), rollouts.logprobs.cpu()
+        prompt_lengths = rollouts.prompt_lengths.tolist()
+        sequences = [tokens[a:b] for a, b in zip(cu, cu[1:], strict=False)]
+        counts = [len(s) - p for s, p in zip(sequences, prompt_lengths, strict=True)]
+        return cls(sequences, prompt_lengths, list(rollouts.finish), list(logprobs.split(counts)))
+
+    @classmethod
+    def join(cls, parts: Sequence[Responses]) -> Responses:
+        return cls(*([x for part in parts for x in getattr(part, f.name)] for f in fields(cls)))
+
+
+@dataclass
+class Experience:
+    """S responses with R response tokens in all, packed. Who fills a field is said beside it."""
+
+    tokens: Tensor  # int64 [T]                     respond
+    positions: Tensor  # int64 [T]                  respond
+    cu_seqlens: Tensor  # int32 [S+1]               respond
+    rows: Tensor  # int64 [R], token before each response token    respond
+    cu_responses: Tensor  # int32 [S+1], into the [R] fields        respond
+    sampled_logprobs: Tensor  # float32 [R]         respond: as the sampler saw them
+    scores: Tensor  # float32 [S]                   score: the reward model's, or the fixed score of a truncated response
+    logprobs: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]      analyse: as training sees them, before the update
+    entropy: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       analyse
+    ref_logprobs: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]  analyse
+    values: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]        analyse
+    rewards: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       reward_tokens
+    advantages: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]    estimate_advantages
+    returns: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       estimate_advantages
+    weights: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       the update: each token's share of its minibatch
+
+    def __len__(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt and response."""
+        return self.cu_seqlens.diff().tolist()
+
+    @property
+    def response_lengths(self) -> Tensor:
+        return self.cu_responses.diff()
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 [R], the response tokens."""
+        return self.tokens[self.rows + 1]
+
+    def sums(self, x: Tensor) -> Tensor:
+        """float [S]: the sum of a [R] field over each response."""
+        owner = torch.repeat_interleave(torch.arange(len(self)), self.response_lengths.long())
+        return torch.zeros(len(self), dtype=x.dtype).index_add_(0, owner, x)
+
+    def to(self, device: torch.device | str) -> Experience:
+        return Experience(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def select(self, indices: Sequence[int]) -> Experience:
+        """The responses `indices`, packed anew."""
+        token_index, cu_seqlens = _ranges(self.cu_seqlens, indices)
+        response_index, cu_responses = _ranges(self.cu_responses, indices)
+        shift = (cu_seqlens[:-1] - self.cu_seqlens[list(indices)]).long()
+        shift = torch.repeat_interleave(shift, cu_responses.diff().long())
+        chosen = {"tokens": self.tokens[token_index], "positions": self.positions[token_index], "cu_seqlens": cu_seqlens}
+        chosen |= {"rows": self.rows[response_index] + shift, "cu_responses": cu_responses, "scores": self.scores[list(indices)]}
+        for f in fields(self):
+            if f.name not in chosen:
+                value = getattr(self, f.name)
+                chosen[f.name] = value[response_index] if value.numel() else value
+        return Experience(**chosen)
+
+    @staticmethod
+    def idle() -> Experience:
+        """Two tokens of weight 0: what a rank computes while others still have micro-batches."""
+        one, zero = torch.ones(1), torch.zeros(1)
+        packed = pack([[0, 0]])
+        rows, cu_responses = response_rows(packed.cu_seqlens, torch.tensor([1]))
+        return Experience(
+            packed.tokens, packed.positions, packed.cu_seqlens, rows, cu_responses, zero, zero, zero, zero, zero, zero, zero, zero, one, zero
+        )
+
+
+def _ranges(cu: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Members of the segments `indices` of `cu`, and the boundaries of those segments laid end to end."""
+    picked = torch.tensor(list(indices), dtype=torch.int64)
+    starts, counts = cu[:-1].long()[picked], cu.diff().long()[picked]
+    new = torch.zeros(len(picked) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=new[1:])
+    index = torch.repeat_interleave(starts - new[:-1], counts) + torch.arange(int(new[-1]))
+    return index, new.int()
+
+
+def over_ranks(
+    world: Any, sequences: Sequence[Sequence[int]], budget: int, evaluate: Callable[[PackedBatch, list[int]], Sequence[Any]]
+) -> list[Any]:
+    """Evaluate every sequence once, shared by the ranks and packed by token budget; every rank gets all results, in order.
+
+    Args:
+        world: this process's place among the ranks.
+        sequences: token ids, the same on every rank.
+        budget: tokens of one forward.
+        evaluate: (packed batch, indices of its sequences) -> one result for each of them.
+    """
+    found: dict[int, Any] = {}
+    for indices in share_by_tokens([len(s) for s in sequences], budget, rank=world.rank, world_size=world.size):
+        results = evaluate(pack([sequences[i] for i in indices] or [[0, 0]]), indices)
+        found |= dict(zip(indices, results, strict=False))
+    for part in world.gather(found):
+        found |= part
+    return [found[i] for i in range(len(sequences))]
+
+
+def score_responses(reward: Forward, responses: Responses, *, world: Any, budget: int, eos_id: int | None) -> Tensor:
+    """float32 [S]: the reward model's score, read at the end-of-sequence token (appended where a response stopped without it)."""
+    ended = [s if eos_id is None or s[-1] == eos_id else [*s, eos_id] for s in responses.sequences]
+
+    def evaluate(batch: PackedBatch, _: list[int]) -> list[float]:
+        batch = batch.to(world.device)
+        last = batch.cu_seqlens[1:].long() - 1
+        return reward(batch.tokens, batch.positions, batch.cu_seqlens, rows=last).float().tolist()
+
+    with torch.no_grad():
+        return torch.tensor(over_ranks(world, ended, budget, evaluate), dtype=torch.float32)
+
+
+def assemble(responses: Responses, scores: Tensor) -> Experience:
+    """Pack responses and their scores into an Experience whose other fields are still empty."""
+    packed = pack(responses.sequences)
+    rows, cu_responses = response_rows(packed.cu_seqlens, torch.tensor(responses.prompt_lengths))
+    sampled = torch.cat(responses.sampled_logprobs).float()
+    return Experience(packed.tokens, packed.positions, packed.cu_seqlens, rows, cu_responses, sampled, scores)
+
+
+def analyse(
+    experience: Experience,
+    *,
+    policy: Forward,
+    reference: Forward,
+    critic: Forward,
+    world: Any,
+    budget: int,
+    temperature: float,
+) -> Experience:
+    """Log-probs and entropy of the policy, log-probs of the reference and values of the critic at every response token."""
+
+    def evaluate(batch: PackedBatch, indices: list[int]) -> list[Tensor]:
+        part = (experience.select(indices) if indices else Experience.idle()).to(world.device)
+        place = (part.tokens, part.positions, part.cu_seqlens)
+        logprobs, entropy = policy(*place, rows=part.rows, targets=part.targets, temperature=temperature)
+        ref_logprobs, _ = reference(*place, rows=part.rows, targets=part.targets, temperature=temperature)
+        values = critic(*place, rows=part.rows)
+        seen = torch.stack([logprobs, entropy, ref_logprobs, values.float()]).cpu()
+        return list(seen.split(part.response_lengths.tolist(), dim=1))
+
+    sequences = [s.tolist() for s in experience.tokens.split(experience.lengths)]
+    with torch.no_grad():
+        seen = torch.cat(over_ranks(world, sequences, budget, evaluate), dim=1)
+    logprobs, entropy, ref_logprobs, values = seen.unbind(0)
+    return replace(experience, logprobs=logprobs, entropy=entropy, ref_logprobs=ref_logprobs, values=values)
+
+
+def reward_tokens(
+    experience: Experience,
+    *,
+    kl_coef: float,
+    estimator: Estimator = "k1",
+    reward_clip: float | None = None,
+    whiten_rewards: bool = False,
+) -> Experience:
+    """-β·KL at every response token, plus the score at its last (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2)."""
+    rewards = -kl_coef * kl_estimate(experience.logprobs, experience.ref_logprobs, estimator)
+    scores = experience.scores if reward_clip is None else experience.scores.clamp(-reward_clip, reward_clip)
+    answered = experience.response_lengths > 0
+    rewards[experience.cu_responses[1:][answered].long() - 1] += scores[answered]
+    return replace(experience, rewards=whiten(rewards, shift_mean=False) if whiten_rewards else rewards)
+
+
+def estimate_advantages(experience: Experience, *, gamma: float = 1.0, lam: float = 0.95) -> Experience:
+    """Generalised advantage estimation over each response (Schulman et al. 2016)."""
+    advantages, returns = ops.gae(experience.rewards, experience.values, experience.cu_responses, gamma=gamma, lam=lam)
+    return replace(experience, advantages=advantages, returns=returns)
+
+
+def mismatch(experience: Experience) -> dict[str, float]:
+    """How far the sampler's log-probs are from training's on the same tokens: mean and largest |Δ|, and k3, in nats."""
+    delta = (experience.logprobs - experience.sampled_logprobs).abs()
+    k3 = kl_estimate(experience.sampled_logprobs, experience.logprobs, "k3")
+    return {
+        "mismatch/mean": float(delta.mean()),
+        "mismatch/max": float(delta.max()),
+        "mismatch/k3": float(k3.mean()),
+    }
