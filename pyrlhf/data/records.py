@@ -185,6 +185,8 @@ class DataConfig:
 
 def resolve(config: DataConfig, folder: str | os.PathLike[str]) -> DataConfig:
     """The same set with its relative paths put under ``folder`` (a recipe's own), ``~`` and variables expanded."""
+    if not config.path:
+        return config
     if isinstance(config.path, str):
         return dataclasses.replace(config, path=expand(config.path, folder))
     return dataclasses.replace(config, path=[expand(path, folder) for path in config.path])
@@ -234,6 +236,8 @@ Record = TypeVar("Record")
 
 
 def _rows(config: DataConfig) -> Iterator[Row]:
+    if not config.path:
+        raise ValueError("data.path: expected a file, glob or folder, found nothing")
     files = (rows(path, config.format, config.documents, config.split) for path in find(config.path))
     return itertools.chain.from_iterable(files)
 
