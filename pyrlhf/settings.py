@@ -29,7 +29,7 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 #: Fields of this name hold file names, as do those annotated with Path.
-PATH_NAMES = ("path", "output", "policy", "reference", "reward_model")
+PATH_NAMES = ("path", "output", "model", "policy", "reference", "reward_model")
 
 
 class SettingsError(ValueError):

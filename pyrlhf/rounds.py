@@ -1,0 +1,181 @@
+"""Between two rounds: the policy's samples are ranked, by a labeller or by people, and join the older rankings."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyrlhf.data import DataConfig, Tokenizer, encode_prompts, read_prompts, read_rankings, shard
+from pyrlhf.engine import EngineConfig, World
+from pyrlhf.evaluate.samples import prompt_part, prompt_text, sample_answers
+from pyrlhf.metrics import Metrics
+from pyrlhf.model import CausalLM
+from pyrlhf.rollout import Sampling
+from pyrlhf.settings import SettingsError
+from pyrlhf.stages.ppo import PPOConfig
+from pyrlhf.stages.reward import RewardConfig
+
+#: (prompt, responses) -> a score of each response, higher better.
+Labeller = Callable[[str, list[str]], Sequence[float]]
+
+
+@dataclass
+class RankingConfig:
+    """The samples that are ranked between rounds.
+
+    Args:
+        prompts: how many prompts of PPO's are answered for each round.
+        samples: answers to each of them (K).
+        batch_size: prompts whose answers are generated together.
+    """
+
+    prompts: int = 256
+    samples: int = 4
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("samples", 2), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+
+
+class RankingsNeeded(RuntimeError):
+    """The run waits for people: the message says which file to provide."""
+
+
+def load_labeller(name: str) -> Labeller:
+    """The function ``package.module:function``.
+
+    Raises SettingsError saying what is missing.
+    """
+    module_name, colon, function_name = name.partition(":")
+    if not colon or not module_name or not function_name:
+        raise SettingsError(f"`labeller`: expected package.module:function, found {name!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SettingsError(f"`labeller`: cannot import {module_name!r}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise SettingsError(f"`labeller`: {module_name} has no function {function_name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def collect_rankings(
+    config: RankingConfig,
+    *,
+    policy: Path,
+    ppo: PPOConfig,
+    reward: RewardConfig,
+    earlier: Path | None,
+    labeller: Labeller | None,
+    world: World,
+    tokenizer: Tokenizer,
+    engine: EngineConfig,
+    seed: int,
+    folder: Path,
+    metrics: Metrics,
+) -> Path:
+    """Answer some of PPO's prompts with ``policy``, have the answers ranked, and add the older rankings.
+
+    Args:
+        earlier: the last round's file of all rankings; None: those of ``reward.data``.
+        labeller: ranks the answers; None: people do, in folder/rankings.jsonl.
+
+    Returns:
+        folder/all_rankings.jsonl, old rankings and new ones.
+
+    Raises:
+        RankingsNeeded: there is no labeller and no folder/rankings.jsonl yet.
+    """
+    unranked, ranked, everything = (folder / f"{name}.jsonl" for name in ("to_rank", "rankings", "all_rankings"))
+    if not unranked.exists():
+        rows = _draw(config, policy, ppo, world, tokenizer, engine, seed, metrics)
+        if world.is_main:
+            _write(unranked, rows)
+    world.barrier()
+    if world.is_main:
+        if labeller is not None:
+            _write(ranked, _label(_read(unranked), labeller, tokenizer))
+        if ranked.exists():
+            old = DataConfig(path=str(earlier)) if earlier is not None else reward.data
+            new = DataConfig(path=str(ranked))
+            _write(everything, [*_ranking_rows(old), *_ranking_rows(new)])
+            metrics.note(f"{len(_read(everything))} rankings in {everything}")
+    world.barrier()
+    if not ranked.exists():
+        raise RankingsNeeded(
+            f"{unranked} holds {config.samples} answers to each prompt. Rank them: add to every line "
+            f'"ranks": [...] (1 is best, equal numbers are ties) or "scores": [...] (higher is better), '
+            f"save the file as {ranked}, and run the same command again"
+        )
+    return everything
+
+
+def _draw(
+    config: RankingConfig,
+    policy: Path,
+    ppo: PPOConfig,
+    world: World,
+    tokenizer: Tokenizer,
+    engine: EngineConfig,
+    seed: int,
+    metrics: Metrics,
+) -> list[dict[str, Any]]:
+    """Rows {prompt | messages, responses} of the whole world, in the prompts' order."""
+    records, _ = read_prompts(ppo.prompts)
+    prompts, _ = encode_prompts(records, tokenizer, ppo.prompt_rule)
+    chosen = random.Random(seed).sample(prompts, min(config.prompts, len(prompts)))
+    mine = shard(list(range(len(chosen))), world.rank, world.size)
+    model = CausalLM.from_pretrained(policy, dtype=engine.torch_dtype, device=world.device)
+    sampling = Sampling(max_new_tokens=ppo.max_new_tokens, temperature=ppo.temperature, seed=seed)
+    with metrics.progress(len(mine), "samples to rank") as bar:
+        rows = sample_answers(
+            model,
+            tokenizer,
+            [chosen[i] for i in mine],
+            sampling,
+            n=config.samples,
+            batch=config.batch_size,
+            first_id=mine[0] * config.samples if mine else 0,
+            advance=lambda steps, tokens: bar.advance(steps, tokens=tokens),
+        )
+    return [_distinct(row) for part in world.gather(rows) for row in part]
+
+
+def _distinct(row: dict[str, Any]) -> dict[str, Any]:
+    """Without empty answers, which nobody can rank."""
+    return {**{k: v for k, v in row.items() if k != "finish"}, "responses": [r for r in row["responses"] if r.strip()]}
+
+
+def _label(rows: Iterable[dict[str, Any]], labeller: Labeller, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    ranked = []
+    for row in rows:
+        if len(row["responses"]) < 2:
+            continue
+        scores = [float(score) for score in labeller(prompt_text(row, tokenizer), list(row["responses"]))]
+        if len(scores) != len(row["responses"]):
+            raise ValueError(f"labeller: expected {len(row['responses'])} scores, found {len(scores)}")
+        ranked.append({**row, "scores": scores})
+    return ranked
+
+
+def _ranking_rows(config: DataConfig) -> list[dict[str, Any]]:
+    rankings, _ = read_rankings(config)
+    return [{**prompt_part(r.prompt), "responses": list(r.responses), "ranks": list(r.ranks)} for r in rankings]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
