@@ -50,6 +50,7 @@ class Tokenizer:
         self.eos_id: int | None = fast.eos_token_id
         self.add_bos = self._opens_with_bos() if add_bos == "auto" else bool(add_bos)
         self._lead = self._lead_of_continuations()
+        self._lead_tokens = len(self.encode(self._lead))
 
     @classmethod
     def from_pretrained(
@@ -101,11 +102,15 @@ class Tokenizer:
     def encode_prompt(self, prompt: Prompt | str | Messages) -> list[int]:
         """The ids of a prompt, BOS first where ``add_bos``. Messages go through :meth:`render`; plain text is itself.
 
+        Special tokens in a template's text count as such, those in a message too: the template has mixed them by then.
         An empty prompt is BOS alone wherever the tokenizer has one (GPT-2: its end-of-text), else nothing.
         Raises ValueError where the chat template refuses the messages.
         """
         turns = prompt.prompt if isinstance(prompt, Prompt) else prompt
-        ids = self.encode(turns) if isinstance(turns, str) else self.encode(self.render(turns), special=True)
+        if isinstance(turns, str):
+            ids = self.encode(turns)
+        else:
+            ids = self.encode(self.render(turns), special=bool(self.fast.chat_template))
         if self.bos_id is not None and (self.add_bos or not ids) and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
         return ids
@@ -116,11 +121,7 @@ class Tokenizer:
         ``follows`` says that it continues a text: tokenizers that put a space before every text they read (Llama's) then
         put none. Raises ValueError where the tokenizer has no EOS.
         """
-        ids = (
-            self.encode(self._lead + text)[len(self.encode(self._lead)) :]
-            if follows and self._lead
-            else self.encode(text)
-        )
+        ids = self.encode(self._lead + text)[self._lead_tokens :] if follows else self.encode(text)
         if not eos:
             return ids
         if self.eos_id is None:
@@ -160,24 +161,37 @@ class Tokenizer:
 def _load(folder: Path, name: str, special: dict[str, str]) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    configs = ("tokenizer_config.json", "config.json")
-    if folder.is_dir() and not (folder / "tokenizer.json").exists() and (pair := _gpt2_files(folder)):
+    if _is_plain(folder):
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True, **special)
+    if pair := _gpt2_files(folder):
         return _gpt2(*pair, special)
-    if folder.is_dir() and not any((folder / c).exists() for c in configs) and (folder / "tokenizer.json").exists():
-        return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **special)
     with _quiet():
         try:
-            return AutoTokenizer.from_pretrained(
-                str(folder) if folder.is_dir() else name, local_files_only=True, **special
-            )
-        except (OSError, ValueError) as error:
-            what = "tokenizer.json, or vocab.json and merges.txt" if folder.is_dir() else "a folder or a cached model"
+            where = str(folder) if folder.is_dir() else name
+            return AutoTokenizer.from_pretrained(where, local_files_only=True, **special)
+        except (OSError, ValueError, ImportError) as error:
+            what = "tokenizer.json, or *vocab.json and *merges.txt" if folder.is_dir() else "a folder or a cached model"
+            reason = str(error).strip().split("\n")[0]
             raise FileNotFoundError(
-                f"tokenizer: cannot load {name!r}; looked for {what} at {str(folder.resolve())!r}: {error}"
+                f"tokenizer: cannot load {name!r}; looked for {what} at {str(folder.absolute())!r}: {reason}"
             ) from error
 
 
+def _is_plain(folder: Path) -> bool:
+    """Whether tokenizer.json says it all. AutoTokenizer would go by the model's type, which can add tokens (Qwen2's does)."""
+    if not (folder / "tokenizer.json").exists():
+        return False
+    config = folder / "tokenizer_config.json"
+    if not config.exists():
+        return not (folder / "config.json").exists()
+    kind = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
+    return kind in ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
 def _gpt2_files(folder: Path) -> tuple[Path, Path] | None:
+    """GPT-2's two files, where a folder holds them and no tokenizer.json."""
+    if (folder / "tokenizer.json").exists():
+        return None
     vocab, merges = sorted(folder.glob("*vocab.json")), sorted(folder.glob("*merges.txt"))
     return (vocab[0], merges[0]) if len(vocab) == len(merges) == 1 else None
 
