@@ -160,7 +160,7 @@ class ModelConfig:
             return
         object.__setattr__(self, "windows", tuple(self.windows))
         if len(self.windows) != self.num_layers:
-            raise _bad("windows", f"one entry a layer ({self.num_layers})", f"{len(self.windows)} entries")
+            raise _bad("windows", f"one entry a layer ({self.num_layers})", len(self.windows))
         for window in self.windows:
             if window is not None:
                 _check_int("windows", window, 1)

@@ -81,7 +81,7 @@ def load_config(path: StrPath) -> ModelConfig:
     """
     raw = _read_config_json(path)
     if raw["model_type"] == "pyrlhf":
-        return ModelConfig.from_dict(raw["pyrlhf"]["config"])
+        return ModelConfig.from_dict(raw.get("pyrlhf", {}).get("config", {}))
     try:
         return _from_hf(raw)
     except ValueError as error:
@@ -455,6 +455,7 @@ def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
 def _read_bert(raw: dict[str, Any]) -> dict[str, Any]:
     _refuse(raw, "is_decoder", False)
     _refuse(raw, "position_embedding_type", "absolute", None)
+    _refuse(raw, "tie_word_embeddings", True)
     return {
         "hidden_size": _need(raw, "hidden_size"),
         "num_layers": _need(raw, "num_hidden_layers"),
@@ -464,7 +465,6 @@ def _read_bert(raw: dict[str, Any]) -> dict[str, Any]:
         "token_types": _need(raw, "type_vocab_size"),
         "activation": _activation(raw.get("hidden_act", "gelu")),
         "norm_eps": raw.get("layer_norm_eps", 1e-12),
-        "tied_embeddings": raw.get("tie_word_embeddings", True),
         "norm_position": "post",
         "embedding_norm": True,
         "causal": False,
@@ -679,19 +679,17 @@ class _Reader:
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         found = self.find(name)
         if found is None:
-            raise ValueError(f"{self.path}: tensor {name!r} is missing{self._hint(name)}")
+            hint = _NO_REWARD_MODEL if name == "score.weight" else _REWARD_MODEL if "score.weight" in self.left else ""
+            raise ValueError(f"{self.path}: tensor {name!r} is missing{hint}")
         tensor = self.stored[found]()
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{self.path}: tensor {found!r}: expected shape {list(shape)}; found {list(tensor.shape)}")
         self.left.discard(found)
         return tensor
 
-    def _hint(self, name: str) -> str:
-        if name == "score.weight":
-            return "; this is no reward model (ScalarModel.from_causal_lm puts a new head on a language model)"
-        if "score.weight" in self.stored:
-            return "; this is a reward model, read by ScalarModel.from_pretrained"
-        return ""
+
+_REWARD_MODEL = "; this is a reward model, read by ScalarModel.from_pretrained"
+_NO_REWARD_MODEL = "; this is no reward model (ScalarModel.from_causal_lm puts a new head on a language model)"
 
 
 def _modern_norm(match: re.Match[str]) -> str:
@@ -725,8 +723,8 @@ def _check_leftovers(reader: _Reader, state: dict[str, Tensor], kind: str, famil
             continue
         twin = state.get(twins.get(name, ""))
         if twin is None:
-            extra = f" and {len(reader.left) - 1} more" if len(reader.left) > 1 else ""
-            raise ValueError(f"{reader.path}: unexpected tensor {name!r}{extra}{reader._hint(name)}")
+            hint = _REWARD_MODEL if name == "score.weight" else ""
+            raise ValueError(f"{reader.path}: unexpected tensor {name!r}{hint}")
         if not torch.equal(reader.stored[name](), twin):
             raise ValueError(f"{reader.path}: tensor {name!r} differs from the one that config.json ties it to")
 

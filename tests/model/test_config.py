@@ -106,7 +106,7 @@ LLAMA3 = {
         ({"num_layers": 2.5}, "num_layers: expected a whole number of at least 1; found 2.5"),
         ({"norm_eps": 0.0}, "norm_eps: expected a positive number; found 0.0"),
         ({"causal": "yes"}, "causal: expected true or false; found 'yes'"),
-        ({"windows": (4,)}, "windows: expected one entry a layer (2); found 1 entries"),
+        ({"windows": (4,)}, "windows: expected one entry a layer (2); found 1"),
         ({"windows": (4, 0)}, "windows: expected a whole number of at least 1; found 0"),
         ({"windows": (4, None), "causal": False}, "windows: expected None unless causal"),
         ({"attention_scale": -1.0}, "attention_scale: expected a positive number or None; found -1.0"),
