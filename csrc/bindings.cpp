@@ -29,19 +29,19 @@ void gae(address rewards, address values, address cu_seqlens, address bootstrap,
 
 void ppo_loss(address logprobs, address old_logprobs, address advantages, address values, address old_values,
               address returns, address weights, int64_t n, float clip, float value_clip, float dual_clip, float weight,
-              address grad_logprobs, address grad_values, address out, int threads) {
+              address grad_logprobs, address grad_values, address policy, address value, address stats, int threads) {
     const PpoArrays in = {at<float>(logprobs),   at<float>(old_logprobs), at<float>(advantages), at<float>(values),
                           at<float>(old_values), at<float>(returns),      at<float>(weights)};
     std::vector<double> scratch(static_cast<size_t>(ppo_sums * (n / ppo_block + 1)));
     cpu().ppo_loss(in, {clip, value_clip, dual_clip, weight}, n, at<float>(grad_logprobs), at<float>(grad_values),
-                   at<float>(out), scratch.data(), threads);
+                   at<float>(policy), at<float>(value), at<float>(stats), scratch.data(), threads);
 }
 
-void ranking_loss(address scores, address cu_groups, address ranks, int64_t groups, address grad_scores, address out,
-                  int threads) {
+void ranking_loss(address scores, address cu_groups, address ranks, int64_t groups, address grad_scores, address loss,
+                  address stats, int threads) {
     std::vector<double> scratch(static_cast<size_t>(ranking_sums * (groups + 1)));
     cpu().ranking_loss(at<float>(scores), at<int32_t>(cu_groups), at<int32_t>(ranks), groups, at<float>(grad_scores),
-                       at<float>(out), scratch.data(), threads);
+                       at<float>(loss), at<float>(stats), scratch.data(), threads);
 }
 
 int64_t sample(address logits, int dtype, address ids, address positions, int64_t rows, int64_t vocab, int64_t row_stride,
@@ -62,9 +62,9 @@ std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t
 constexpr bool cuda_built = true;
 
 void gae_cuda(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
-              int64_t sequences, float gamma, float lam, address stream) {
+              int64_t sequences, int64_t total, float gamma, float lam, address stream) {
     cuda::gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap), at<float>(advantages),
-              at<float>(returns), sequences, gamma, lam, at<void>(stream));
+              at<float>(returns), sequences, total, gamma, lam, at<void>(stream));
 }
 #else
 constexpr bool cuda_built = false;

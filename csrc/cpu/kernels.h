@@ -11,9 +11,10 @@
     KERNEL(gae, void, (const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,   \
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
-                            float* grad_values, float* out, double* scratch, int threads))                             \
+                            float* grad_values, float* policy, float* value, float* stats, double* scratch,            \
+                            int threads))                                                                              \
     KERNEL(ranking_loss, void, (const float* scores, const int32_t* cu_groups, const int32_t* ranks, int64_t groups,   \
-                                float* grad_scores, float* out, double* scratch, int threads))                         \
+                                float* grad_scores, float* loss, float* stats, double* scratch, int threads))          \
     KERNEL(sample, int64_t, (const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,            \
                              const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride,            \
                              int64_t* tokens, float* logprobs, int threads))

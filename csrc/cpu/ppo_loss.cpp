@@ -112,7 +112,7 @@ PYRLHF_INLINE void one_block(const PpoArrays& in, const PpoOptions& options, int
 }  // namespace
 
 void ppo_loss(const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs, float* grad_values,
-              float* out, double* scratch, int threads) {
+              float* policy, float* value, float* stats, double* scratch, int threads) {
     const int64_t blocks = (n + ppo_block - 1) / ppo_block;
 #pragma omp parallel for schedule(static) num_threads(blocks < 4 ? 1 : threads)
     for (int64_t b = 0; b < blocks; ++b) {
@@ -126,7 +126,9 @@ void ppo_loss(const PpoArrays& in, const PpoOptions& options, int64_t n, float* 
         double& most = total[ppo_sums - 1];
         if (row[ppo_sums - 1] > most || row[ppo_sums - 1] != row[ppo_sums - 1]) most = row[ppo_sums - 1];
     }
-    for (int k = 0; k < ppo_sums; ++k) out[k] = static_cast<float>(total[k]);
+    *policy = static_cast<float>(total[0]);
+    *value = static_cast<float>(total[1]);
+    for (int k = 2; k < ppo_sums; ++k) stats[k - 2] = static_cast<float>(total[k]);
 }
 
 }  // namespace PYRLHF_ISA

@@ -54,17 +54,17 @@ PYRLHF_INLINE void one_group(const float* scores, const int32_t* ranks, int64_t 
 }  // namespace
 
 void ranking_loss(const float* scores, const int32_t* cu_groups, const int32_t* ranks, int64_t groups, float* grad_scores,
-                  float* out, double* scratch, int threads) {
+                  float* loss, float* stats, double* scratch, int threads) {
     const bool alone = cu_groups[groups] < 2048;
 #pragma omp parallel for schedule(static) num_threads(alone ? 1 : threads)
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = cu_groups[g];
         one_group(scores + first, ranks + first, cu_groups[g + 1] - first, grad_scores + first, scratch + g * ranking_sums);
     }
-    double loss = 0, correct = 0, pairs = 0, counted = 0;
+    double losses = 0, correct = 0, pairs = 0, counted = 0;
     for (int64_t g = 0; g < groups; ++g) {
         const double* row = scratch + g * ranking_sums;
-        loss += row[0];
+        losses += row[0];
         correct += row[1];
         pairs += row[2];
         counted += row[2] > 0;
@@ -74,10 +74,10 @@ void ranking_loss(const float* scores, const int32_t* cu_groups, const int32_t* 
         const float scale = pairs_here > 0 ? static_cast<float>(1.0 / (pairs_here * counted)) : 0.0f;
         for (int64_t i = cu_groups[g]; i < cu_groups[g + 1]; ++i) grad_scores[i] *= scale;
     }
-    out[0] = counted > 0 ? static_cast<float>(loss / counted) : 0.0f;
-    out[1] = pairs > 0 ? static_cast<float>(correct / pairs) : 0.0f;
-    out[2] = static_cast<float>(pairs);
-    out[3] = static_cast<float>(counted);
+    *loss = counted > 0 ? static_cast<float>(losses / counted) : 0.0f;
+    stats[0] = pairs > 0 ? static_cast<float>(correct / pairs) : 0.0f;
+    stats[1] = static_cast<float>(pairs);
+    stats[2] = static_cast<float>(counted);
 }
 
 }  // namespace PYRLHF_ISA

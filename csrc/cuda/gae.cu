@@ -28,11 +28,14 @@ __device__ __forceinline__ int padded(int i) { return i + i / 32; }
 __global__ void __launch_bounds__(threads) gae_kernel(const float* __restrict__ rewards, const float* __restrict__ values,
                                                        const int32_t* __restrict__ cu_seqlens,
                                                        const float* __restrict__ bootstrap, float* __restrict__ advantages,
-                                                       float* __restrict__ returns, float gamma, float c) {
+                                                       float* __restrict__ returns, int64_t total, float gamma,
+                                                       float c) {
     __shared__ float shared[chunk + chunk / 32];
     __shared__ float warp_ends[warps];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int64_t first = cu_seqlens[blockIdx.x], last = cu_seqlens[blockIdx.x + 1];
+    // Broken offsets cannot be reported from here; clamped, they at least touch nothing outside the batch.
+    const int64_t first = max(int64_t{0}, int64_t{cu_seqlens[blockIdx.x]});
+    const int64_t last = min(total, int64_t{cu_seqlens[blockIdx.x + 1]});
     const float after = bootstrap ? bootstrap[blockIdx.x] : 0.0f;
 
     float c_items = 1.0f;  // c^items: how a carry fades over one thread's tokens
@@ -93,10 +96,10 @@ __global__ void __launch_bounds__(threads) gae_kernel(const float* __restrict__ 
 }  // namespace
 
 void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap, float* advantages,
-         float* returns, int64_t sequences, float gamma, float lam, void* stream) {
+         float* returns, int64_t sequences, int64_t total, float gamma, float lam, void* stream) {
     if (sequences == 0) return;
     gae_kernel<<<static_cast<unsigned>(sequences), threads, 0, static_cast<cudaStream_t>(stream)>>>(
-        rewards, values, cu_seqlens, bootstrap, advantages, returns, gamma, gamma * lam);
+        rewards, values, cu_seqlens, bootstrap, advantages, returns, total, gamma, gamma * lam);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
         throw std::runtime_error(std::string("pyrlhf gae (CUDA): ") + cudaGetErrorString(error));
 }

@@ -66,7 +66,9 @@ def check_cu_seqlens(op: str, name: str, cu: object, total: int | None = None) -
 
 
 def values_readable(t: Tensor) -> bool:
-    """Whether looking at the values of ``t`` is allowed: always on the CPU; elsewhere it waits for the device, so only on request."""
+    """Whether looking at values is allowed: not while tracing, always on the CPU, elsewhere (it waits for the device) on request."""
+    if torch.compiler.is_compiling():
+        return False
     return t.device.type == "cpu" or os.environ.get("PYRLHF_CHECK") == "1"
 
 

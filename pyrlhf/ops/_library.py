@@ -17,17 +17,19 @@ def define(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    key: str = "CompositeExplicitAutograd",
 ) -> Callable[..., Any]:
     """Defines ``pyrlhf::<schema>`` and returns it, ready to call.
 
     schema: ``"gae(Tensor rewards, ..., float gamma) -> (Tensor, Tensor)"``, arguments positional.
-    impl: runs on real tensors of any device, outputs must not alias inputs; the place for checks of values.
+    impl: runs on real tensors, outputs must not alias inputs or each other; the place for checks of values.
+    key: the dispatch key of impl, "CPU" for one that cannot serve other devices.
     fake: gives outputs of the right shape, dtype and device without data.
     backward(ctx, *output_grads) -> one gradient (or None) an input; setup_context(ctx, inputs, output) saves what it needs.
     """
     name = schema.split("(", 1)[0]
     lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    lib.impl(name, impl, "CompositeExplicitAutograd")
+    lib.impl(name, impl, key)
     torch.library.register_fake(f"pyrlhf::{name}", fake, lib=lib)
     if backward is not None:
         torch.library.register_autograd(f"pyrlhf::{name}", backward, setup_context=setup_context, lib=lib)
