@@ -193,7 +193,7 @@ def _forward_impl(
         return out.zero_(), lse.fill_(-torch.inf)
     forward = _flash_forward if use_core(q) else _matmul_forward
     qh, kh, vh = _by_head(q, k), _by_head(k, k), _by_head(v, k)
-    out_h, lse_h = _by_head(out, k), lse.view(k.shape[1], -1, tokens)
+    out_h, lse_h = _by_head(out, k), lse.view(k.shape[1], heads // k.shape[1], tokens)
     masks = _Masks(spans, causal, window, q.dtype, q.device)
     for span in spans:
         keys, values = _visible(kh, span), _visible(vh, span)
@@ -218,7 +218,7 @@ def _backward_impl(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, q, k, v = (x.contiguous() for x in (grad_out, q, k, v))
-    tokens, kv_heads = q.shape[0], k.shape[1]
+    (tokens, heads, _), kv_heads = q.shape, k.shape[1]
     # a prefix collects a gradient from each of its answers: that sum is kept in float32
     wide = k.dtype if prefix is None else torch.promote_types(k.dtype, torch.float32)
     grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -228,7 +228,7 @@ def _backward_impl(
     backward = _flash_backward if use_core(q) else _matmul_backward
     spans = _spans(cu_seqlens, prefix, tokens)
     gh, qh, oh = _by_head(grad_out, k), _by_head(q, k), _by_head(out, k)
-    kh, vh, lse_h = _by_head(k, k), _by_head(v, k), lse.view(kv_heads, -1, tokens)
+    kh, vh, lse_h = _by_head(k, k), _by_head(v, k), lse.view(kv_heads, heads // kv_heads, tokens)
     grad_qh, grad_kh, grad_vh = _by_head(grad_q, k), _by_head(grad_k, k), _by_head(grad_v, k)
     masks = _Masks(spans, causal, window, q.dtype, q.device)
     for span in spans:

@@ -1,0 +1,61 @@
+"""What the op tests share: gradients by one rule, the low-precision rule, and the largest tensor that some code makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@pytest.fixture
+def values_and_grads() -> Callable[..., list[Tensor]]:
+    """``f(function, inputs)`` -> its outputs, then the gradients of inputs for the same random cotangents at every call."""
+
+    def run(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in inputs]
+        out = function(*leaves)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        generator = torch.Generator().manual_seed(5)
+        torch.autograd.backward(outs, [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs])
+        return [o.detach() for o in outs] + [x.grad for x in leaves]
+
+    return run
+
+
+@pytest.fixture
+def assert_as_good_as() -> Callable[..., None]:
+    """``f(ours, peers, truth)``: each of ours errs at most twice as much as the peer in the same dtype, plus ``tiny``."""
+
+    def check(ours: Sequence[Tensor], peers: Sequence[Tensor], truth: Sequence[Tensor], tiny: float = 1e-6) -> None:
+        for i, (a, b, t) in enumerate(zip(ours, peers, truth, strict=True)):
+            assert a.shape == t.shape
+            if t.numel() == 0:
+                continue
+            error, peer_error = ((x.double() - t).abs().max().item() for x in (a, b))
+            assert error <= 2 * peer_error + tiny, f"result {i}: error {error:.3g}, the peer's {peer_error:.3g}"
+
+    return check
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the element count of the largest tensor that any operation inside made (views of inputs count too)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self.elements = max([self.elements, *made])
+        return out
+
+
+@pytest.fixture
+def largest_tensor() -> type[LargestTensor]:
+    return LargestTensor
