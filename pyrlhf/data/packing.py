@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
-from pyrlhf.data.records import Demonstration, Messages, Prompt, Ranking, Text
+from pyrlhf.data.records import Demonstration, Messages, Prompt, Ranking, Text, check_choices
 
 if TYPE_CHECKING:
     import torch
@@ -144,6 +144,8 @@ def share_by_tokens(lengths: Sequence[int], budget: int, *, rank: int, world_siz
     Ranks get about equally many tokens, longest sequence first to the least loaded. All get the same number of
     micro-batches, at least one: a rank with fewer has empty ones at the end, in which it only keeps the others company.
     """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected 0 <= rank < world_size = {world_size}, found {rank}")
     ranks: list[list[int]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -236,6 +238,7 @@ class LengthRule:
     keep: Literal["start", "end"] = "start"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise ValueError(f"max_tokens: expected at least 1 or null, found {self.max_tokens}")
 

@@ -40,7 +40,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from pyrlhf.data.files import Row, expand, find, rows
 
@@ -168,6 +168,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for part in self.fields:
             if part not in _PARTS:
                 near = difflib.get_close_matches(part, _PARTS, 1)
@@ -181,6 +182,14 @@ class DataConfig:
         for name, value, least in (("skip", self.skip, 0), ("limit", self.limit, 1), ("groups", self.groups, 1)):
             if value is not None and value < least:
                 raise ValueError(f"data.{name}: expected at least {least}, found {value}")
+
+
+def check_choices(config: object) -> None:
+    """Raises ValueError for a field of a dataclass that is none of the values its ``Literal`` names."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            expected = ", ".join(map(repr, get_args(hint)))
+            raise ValueError(f"{name}: expected one of {expected}; found {getattr(config, name)!r}")
 
 
 def resolve(config: DataConfig, folder: str | os.PathLike[str]) -> DataConfig:
@@ -263,11 +272,9 @@ def _read(
         records.append(dataclasses.replace(record, source=row.source))  # type: ignore[type-var]
     counts.records = len(records)
     if not records:
-        why = (
-            f"all {counts.rows} rows are malformed, the first: {counts.problems[0]}"
-            if counts.rows
-            else "there are no rows"
-        )
+        why = "there are no rows"
+        if counts.rows:
+            why = f"all {counts.rows} rows are malformed, the first: {counts.problems[0]}"
         raise ValueError(f"data: nothing to read in {config.path} (skip {config.skip}, limit {config.limit}): {why}")
     return records, counts
 
@@ -282,7 +289,7 @@ def _text(config: DataConfig, row: Any) -> Text:
 def _prompt(config: DataConfig, row: Any) -> Prompt:
     if _gives(config, row, "messages", "prompt"):
         turns = _dialogue(config, _part(config, row, "messages"))
-        return Prompt(turns[:-1] if turns[-1].role == "assistant" else turns)
+        return Prompt(_last_answer("messages", turns)[0] if turns[-1].role == "assistant" else turns)
     return Prompt(_prompt_part(config, row))
 
 

@@ -26,6 +26,7 @@ from pyrlhf.data import (
     pack_groups,
     pack_with_prefix,
     shard,
+    share_by_tokens,
     split_by_tokens,
     text_blocks,
 )
@@ -108,6 +109,18 @@ def test_split_by_tokens_refuses_no_budget() -> None:
         split_by_tokens([1], 0)
 
 
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60), st.integers(1, 5))
+@quick
+def test_ranks_share_a_batch_in_as_many_microbatches_each(lengths: list[int], budget: int, world: int) -> None:
+    plans = [share_by_tokens(lengths, budget, rank=r, world_size=world) for r in range(world)]
+    assert sorted(i for plan in plans for run in plan for i in run) == list(range(len(lengths)))
+    assert len({len(plan) for plan in plans}) == 1
+    assert len(plans[0]) >= 1
+    assert all(len(run) <= 1 or sum(lengths[i] for i in run) <= budget for plan in plans for run in plan)
+    loads = [sum(lengths[i] for run in plan for i in run) for plan in plans]
+    assert max(loads) - min(loads) <= max(lengths, default=0), "the last sequence a rank got went to the least loaded"
+
+
 sizes = st.tuples(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**40), st.integers(1, 5))
 
 
@@ -168,6 +181,8 @@ def test_wrong_sizes_and_ranks() -> None:
         EpochSampler(1, 1, seed=0).batch(-1)
     with pytest.raises(ValueError, match="rank"):
         shard([1], 1, 1)
+    with pytest.raises(ValueError, match="rank"):
+        share_by_tokens([1], 8, rank=2, world_size=2)
 
 
 # Records -> ids --------------------------------------------------------------------------------------------------
@@ -189,6 +204,8 @@ def test_length_rules() -> None:
     assert LengthRule(1, "truncate", "end").cut([1, 2, 3, 4], head=1) == [1]
     with pytest.raises(ValueError, match="max_tokens: expected at least 1 or null, found 0"):
         LengthRule(0)
+    with pytest.raises(ValueError, match="keep: expected one of 'start', 'end'; found 'middle'"):
+        LengthRule(3, "truncate", "middle")  # type: ignore[arg-type]
 
 
 def test_prompts_drop_or_truncate_and_count(bytes_tokenizer: Tokenizer) -> None:

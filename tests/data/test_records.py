@@ -62,6 +62,8 @@ def test_messages(config: Any) -> None:
         read_demonstrations(config({"messages": turns[:2]}))
     with pytest.raises(MalformedRow, match=r"messages\[0\].role: expected one of .*found 'bot'"):
         read_prompts(config({"messages": [{"role": "bot", "content": "x"}]}))
+    with pytest.raises(MalformedRow, match="expected a turn before the assistant's answer"):
+        read_prompts(config({"messages": turns[2:]}))
     with pytest.raises(MalformedRow, match=r"messages\[0\].content: expected text, found null"):
         read_prompts(config({"messages": [{"role": "user", "content": None}]}))
     with pytest.raises(MalformedRow, match=r"expected a list of \{role, content\}, found text"):
@@ -202,6 +204,7 @@ def test_human_assistant_dialogues(config: Any) -> None:
         ({"fields": {"responses": ["a", "b[-1]"], "scores": "s"}}, r"cannot read the path 'b\[-1\]'"),
         ({"fields": {"scores": "s", "ranks": "r"}}, "'scores' and 'ranks' are both mapped"),
         ({"skip": -1}, "data.skip: expected at least 0, found -1"),
+        ({"format": "josnl"}, "format: expected one of 'auto', 'jsonl'.*found 'josnl'"),
         ({"limit": 0}, "data.limit: expected at least 1"),
     ],
 )

@@ -61,7 +61,7 @@ def test_pandalm(shared_data: Find) -> None:
     assert counts.numbers() == {"rows": 170, "records": 162, "skipped": 8}
     assert rankings[0].ranks == (0, 1, 1, 2)
     assert rankings[0].responses[0] == "If you have any questions, please let me know."
-    assert rankings[0].prompt.endswith("unnecessary words.\nIf you have any questions about my rate or if you find it "
+    assert str(rankings[0].prompt).endswith("unnecessary words.\nIf you have any questions about my rate or if you find it "
                                        "necessary to increase or decrease the scope for this project, please let me know.")  # fmt: skip
     assert {len(r.responses) for r in rankings} == {2, 3, 4, 5, 6}, "those of K = 8 and 13 hold empty answers"
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]

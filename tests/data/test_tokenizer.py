@@ -109,6 +109,7 @@ def test_messages_through_a_chat_template(tmp_path: Path) -> None:
     assert chat.render(TURNS) == text
     found = chat.encode_prompt(Prompt(TURNS))
     assert found == chat.encode(text, special=True)
+    assert chat.eos_id is not None
     assert found.count(chat.eos_id) == 2
     assert chat.decode(found, special=True) == text
     assert chat.encode_prompt("hi") == chat.encode("hi"), "plain text is never put into a template"
