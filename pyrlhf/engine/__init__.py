@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from pyrlhf.engine.hybrid import HybridEngine
-from pyrlhf.engine.zero import Ema, EngineConfig, OptimizerConfig, StepReport, TrainingDiverged, World, ZeroEngine, init_world
+from pyrlhf.engine.zero import (
+    Ema,
+    EngineConfig,
+    OptimizerConfig,
+    StepReport,
+    TrainingDiverged,
+    World,
+    ZeroEngine,
+    init_world,
+)
 
 __all__ = [
     "Ema",

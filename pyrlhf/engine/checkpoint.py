@@ -37,7 +37,9 @@ def replacing(folder: Path, world: World) -> Iterator[Path]:
     world.barrier()
 
 
-def save_model(engine: ZeroEngine, folder: Path, tokenizer: Any = None, kind: Literal["causal_lm", "scalar"] = "causal_lm") -> Path:
+def save_model(
+    engine: ZeroEngine, folder: Path, tokenizer: Any = None, kind: Literal["causal_lm", "scalar"] = "causal_lm"
+) -> Path:
     """Write the engine's model as a Hugging Face directory (weights, config, tokenizer). All ranks must call it.
 
     Under ZeRO 3 the weights are gathered one at a time into rank 0's host memory.
@@ -45,14 +47,20 @@ def save_model(engine: ZeroEngine, folder: Path, tokenizer: Any = None, kind: Li
     from pyrlhf.model import hf
 
     state = engine.full_state_dict()
+    source = getattr(engine.module, "source", None)  # the folder the model came from, for its tokenizer
     with replacing(Path(folder), engine.world) as partial:
         if engine.world.is_main:
-            hf.save(engine.module.config, state, partial, kind=kind, tokenizer=tokenizer)
+            hf.save(engine.module.config, state, partial, kind=kind, tokenizer=tokenizer or source)
     return Path(folder)
 
 
 def save_snapshot(
-    folder: Path, step: int, engines: Mapping[str, ZeroEngine], client_state: dict[str, Any] | None = None, *, keep: int = 2
+    folder: Path,
+    step: int,
+    engines: Mapping[str, ZeroEngine],
+    client_state: dict[str, Any] | None = None,
+    *,
+    keep: int = 2,
 ) -> Path:
     """Save engines that belong together as `folder/step-<step>`, all or none; the last `keep` snapshots stay.
 

@@ -29,6 +29,7 @@ from pyrlhf.engine import checkpoint
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_SKIPPED_IN_A_ROW = 3
+_TAG = "deepspeed"
 _COUNTERS = ("steps", "skipped_steps", "skipped_in_a_row")
 
 
@@ -194,7 +195,9 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
     else:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise ValueError(f"{missing[0]}: expected in the environment of rank {rank} of {size}, found none; use a launcher")
+            raise ValueError(
+                f"{missing[0]}: expected in the environment of rank {rank} of {size}, found none; use a launcher"
+            )
         dist.init_process_group(backend, rank=rank, world_size=size)
     atexit.register(_leave)
 
@@ -317,7 +320,9 @@ class ZeroEngine:
         self._optimizer_config = optimizer
         self._engine: Any = None
         if optimizer is not None:
-            learning_rate(optimizer, optimizer.warmup_steps, total_steps)  # a schedule without an end fails here, not later
+            learning_rate(
+                optimizer, optimizer.warmup_steps, total_steps
+            )  # a schedule without an end fails here, not later
             self._engine = _initialize(_place(model, world, config), config, optimizer)
         elif config.zero_stage == 3:
             self._engine = _initialize(_place(model, world, config), config, None)
@@ -449,7 +454,7 @@ class ZeroEngine:
         """
         self._require_optimizer("save")
         with checkpoint.replacing(Path(folder), self.world) as partial:
-            self._engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+            self._engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
             state = {key: getattr(self, key) for key in _COUNTERS} | {"run": self._run(), "client": client_state}
             state["extras"] = {name: extra.state_dict() for name, extra in self.extras.items()}
             torch.save(state, partial / f"rank{self.world.rank}.pt")
@@ -463,12 +468,16 @@ class ZeroEngine:
         folder = Path(folder).resolve()
         file = folder / f"rank{self.world.rank}.pt"
         if not file.exists():
-            raise ValueError(f"folder: expected the saved state of rank {self.world.rank} of {self.world.size} at {file}, found none")
+            raise ValueError(
+                f"folder: expected the saved state of rank {self.world.rank} of {self.world.size} at {file}, found none"
+            )
         state = torch.load(file, map_location="cpu", weights_only=False)
         if state["run"] != self._run():
-            raise ValueError(f"folder: {folder} was saved with {state['run']}, this engine has {self._run()}; use the same")
+            raise ValueError(
+                f"folder: {folder} was saved with {state['run']}, this engine has {self._run()}; use the same"
+            )
         with _hushed():
-            self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            self._engine.load_checkpoint(str(folder), tag=_TAG)
         for key in _COUNTERS:
             setattr(self, key, state[key])
         for name, extra in self.extras.items():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
+from pyrlhf.ops.decode_attention import DecodePlan, attend, plan_decode
+from pyrlhf.ops.write_kv import store
 
 if TYPE_CHECKING:
     from pyrlhf.model import ModelConfig
@@ -36,7 +38,7 @@ class PagedCache:
         if pages < 1 or page_size < 1:
             raise ValueError(f"pages, page_size: expected at least 1 of each, found {pages} and {page_size}")
         shape = (config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.pages, self.page_size = pages, page_size
         self._free = list(range(pages - 1, -1, -1))
 
@@ -51,7 +53,9 @@ class PagedCache:
     def take(self, n: int) -> list[int]:
         """Claim n pages; ValueError if fewer are free."""
         if n > len(self._free):
-            raise ValueError(f"n: expected at most the {len(self._free)} free pages, found {n}; give the cache more pages")
+            raise ValueError(
+                f"n: expected at most the {len(self._free)} free pages, found {n}; give the cache more pages"
+            )
         taken = self._free[len(self._free) - n :]
         del self._free[len(self._free) - n :]
         return taken[::-1]
@@ -83,7 +87,7 @@ class PagedPrefill:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
     ) -> Tensor:
         cache = self._cache
-        ops.write_kv(k[self._source], v[self._source], cache.k[layer], cache.v[layer], self._slots)
+        store(k[self._source], v[self._source], cache.k[layer], cache.v[layer], self._slots)
         return ops.attention(q, k, v, self._cu_seqlens, causal=causal, window=window, scale=scale)
 
 
@@ -100,10 +104,14 @@ class PagedDecode:
         self._cache, self._table = cache, table
         self._slots = cache.slots(table, positions)
         self._seq_lens = (positions + 1).int()
+        self._plans: dict[int | None, DecodePlan] = {}  # layers with the same window look at the same places
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
     ) -> Tensor:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
-        ops.write_kv(k, v, k_cache, v_cache, self._slots)
-        return ops.decode_attention(q, k_cache, v_cache, self._table, self._seq_lens, window=window, scale=scale)
+        store(k, v, k_cache, v_cache, self._slots)
+        if window not in self._plans:
+            page_size = self._cache.page_size
+            self._plans[window] = plan_decode(self._table, self._seq_lens, page_size, window=window, dtype=q.dtype)
+        return attend(q, k_cache, v_cache, self._plans[window], q.shape[2] ** -0.5 if scale is None else scale)

@@ -172,7 +172,9 @@ def _sample_ids(sample_ids: Sequence[int] | Tensor | None, prompts: int, n: int)
         raise ValueError(f"n: expected at least 1 sample a prompt, found {n}")
     ids = torch.arange(prompts * n) if sample_ids is None else torch.as_tensor(sample_ids, dtype=torch.int64).cpu()
     if ids.shape != (prompts * n,):
-        raise ValueError(f"sample_ids: expected {prompts} prompts * {n} = {prompts * n} ids, found shape {tuple(ids.shape)}")
+        raise ValueError(
+            f"sample_ids: expected {prompts} prompts * {n} = {prompts * n} ids, found shape {tuple(ids.shape)}"
+        )
     if ids.unique().numel() != ids.numel():
         raise ValueError("sample_ids: expected distinct ids, found repeated ones; equal ids draw equal samples")
     return ids
@@ -231,7 +233,9 @@ class _Run:
         needs = sorted((-(-int(t) // size) for t in self.prompt_lengths + self.limits - 1), reverse=True)
         pages = self.generator.pages or max(1, sum(needs[: self.generator.max_batch]))
         if needs and needs[0] > pages:
-            raise ValueError(f"pages: expected at least {needs[0]} (of {size} tokens) for the longest sample, found {pages}")
+            raise ValueError(
+                f"pages: expected at least {needs[0]} (of {size} tokens) for the longest sample, found {pages}"
+            )
         return PagedCache(self.policy.config, pages, size, dtype, self.device)
 
     def _pages(self, sample: int) -> int:

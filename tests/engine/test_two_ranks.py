@@ -85,10 +85,13 @@ def test_training_goes_on_after_generation(two: dict[str, Any], one: dict[str, A
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_bad_rank_skips_the_step_on_all(two: dict[str, Any], stage: int) -> None:
     found = two[f"bad {stage}"]
-    assert found["untouched"] and found["skipped"] == 1
+    assert found["untouched"]
+    assert found["skipped"] == 1
     for bad, good in found["reports"]:
-        assert bad.skipped and "loss" in bad.reason
-        assert not good.skipped and good.grad_norm > 0
+        assert bad.skipped
+        assert "loss" in bad.reason
+        assert not good.skipped
+        assert good.grad_norm > 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -110,4 +113,3 @@ def test_a_frozen_model_is_sharded_and_left_alone(two: dict[str, Any]) -> None:
 
 def test_nothing_reaches_the_terminal(two: dict[str, Any]) -> None:
     assert two["said"] == ["", ""]
-
