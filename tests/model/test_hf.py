@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyrlhf.model import CausalLM, ModelConfig, ScalarModel, hf
+from pyrlhf.model.families import FAMILIES
 
 VOCAB = 67
 LENGTHS = [1, 7, 0, 23, 4]
@@ -195,7 +196,7 @@ def test_checkpoints_without_the_prefix_in_shards_and_in_bin_files_are_read(
 
     original.save_pretrained(tmp_path / "bare")
     file = tmp_path / "bare" / "model.safetensors"
-    prefix = hf.FAMILIES[name].prefix
+    prefix = FAMILIES[name].prefix
     save_file({key.removeprefix(prefix): tensor for key, tensor in load_file(file).items()}, file)
     assert torch.equal(our_logits(CausalLM.from_pretrained(tmp_path / "bare"), batch), expected)
 
@@ -359,6 +360,20 @@ def test_harmless_buffers_are_ignored(broken: Callable[..., Path], gpt2_folder: 
     assert torch.equal(our_logits(model, batch), our_logits(CausalLM.from_pretrained(gpt2_folder), batch))
 
 
+def test_the_first_bert_checkpoints_are_read(theirs: Any, ragged: Any, tmp_path: Path) -> None:
+    """Norms called gamma and beta, a pooler and a next-sentence head beside the language model."""
+    original = theirs(CASES["bert"])
+    original.save_pretrained(tmp_path)
+    old = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        old[name] = tensor
+    old |= {"bert.pooler.dense.weight": torch.ones(24, 24), "cls.seq_relationship.bias": torch.ones(2)}
+    save_file(old, tmp_path / "model.safetensors")
+    batch = ragged(VOCAB, LENGTHS)
+    assert_close_to_scale(our_logits(CausalLM.from_pretrained(tmp_path), batch), their_logits(original, batch))
+
+
 def test_what_is_wrong_with_a_config_is_named(broken: Callable[..., Path], tmp_path: Path) -> None:
     for edit, message in [
         (lambda raw: raw.update(model_type="t5"), "model_type: expected one of gpt2, .*, pyrlhf; found 't5'"),
@@ -376,6 +391,14 @@ def test_what_is_wrong_with_a_config_is_named(broken: Callable[..., Path], tmp_p
     (broken() / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no weights; expected model\.safetensors"):
         CausalLM.from_pretrained(tmp_path)
+
+
+def test_a_bert_that_is_not_berts_shape_is_refused(tmp_path: Path) -> None:
+    raw = {"model_type": "bert", "vocab_size": 50, "hidden_size": 24, "type_vocab_size": 2, **BERT}
+    for change in ({"is_decoder": True}, {"position_embedding_type": "relative_key"}, {"tie_word_embeddings": False}):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, **change}))
+        with pytest.raises(ValueError, match=f"{next(iter(change))}: expected .* not supported"):
+            hf.load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
