@@ -100,7 +100,9 @@ PYRLHF_INLINE Weights kept_weights(const Row<T>& row, const Cut& cut, int64_t at
     return {w.high & kept, w.low & kept};
 }
 
-PYRLHF_INLINE int bin_of(float z) { return z > -32.0f ? static_cast<int>(z * -64.0f) : bins - 1; }
+PYRLHF_INLINE vi bins_of(vf z) {
+    return __builtin_convertvector(z > -32.0f ? z * -64.0f : broadcast(static_cast<float>(bins - 1)), vi);
+}
 
 // The first bin in which the running total reaches `wanted`; `before` becomes the total of the bins above it.
 template <typename Number>
@@ -137,12 +139,10 @@ PYRLHF_INLINE int64_t sorted_bin(const Row<T>& row, int bin, Candidate* out) {
     int64_t n = 0;
     for (int64_t at = 0; at < row.vocab; at += W) {
         const vf logits = load_some(row.logits + at, row.vocab - at);
-        const vf z = scaled(row, logits);
-        const int last = row.vocab - at < W ? static_cast<int>(row.vocab - at) : W;
-        for (int j = 0; j < last; ++j) {
-            if (bin_of(z[j]) != bin) continue;
-            out[n++] = {logits[j], static_cast<int32_t>(at + j)};
-        }
+        const vi inside = (bins_of(scaled(row, logits)) == bin) & (lanes() < static_cast<int32_t>(row.vocab - at));
+        if (!any(inside)) continue;
+        for (int j = 0; j < W; ++j)
+            if (inside[j]) out[n++] = {logits[j], static_cast<int32_t>(at + j)};
     }
     sort_candidates(out, out + row.vocab, n);
     return n;
@@ -153,21 +153,34 @@ PYRLHF_INLINE int64_t weight_of(const Row<T>& row, float logit) {
     return at_lane(weigh(scaled(row, broadcast(logit))), 0);
 }
 
-// Counts and weights a bin. Tokens after the cut are left out.
 template <typename T>
-PYRLHF_INLINE int64_t fill_histogram(const Row<T>& row, const Cut& cut, Scratch& scratch) {
-    memset(scratch.counts, 0, bins * sizeof(uint32_t));
-    memset(scratch.masses, 0, bins * sizeof(int64_t));
-    int64_t mass = 0;
+PYRLHF_INLINE void count_bins(const Row<T>& row, uint32_t* counts) {
+    memset(counts, 0, bins * sizeof(uint32_t));
+    int32_t bin[W];
     for (int64_t at = 0; at < row.vocab; at += W) {
-        const vf z = scaled(row, load_some(row.logits + at, row.vocab - at));
+        const vi found = bins_of(scaled(row, load_some(row.logits + at, row.vocab - at)));
+        memcpy(bin, &found, sizeof(bin));
+        const int n = row.vocab - at < W ? static_cast<int>(row.vocab - at) : W;
+        for (int j = 0; j < n; ++j) ++counts[bin[j]];
+    }
+}
+
+// The weight of each bin and of all, without the tokens after the cut.
+template <typename T>
+PYRLHF_INLINE int64_t weigh_bins(const Row<T>& row, const Cut& cut, int64_t* masses) {
+    memset(masses, 0, bins * sizeof(int64_t));
+    int64_t mass = 0;
+    int32_t bin[W], high[W], low[W];
+    for (int64_t at = 0; at < row.vocab; at += W) {
+        const vi found = bins_of(scaled(row, load_some(row.logits + at, row.vocab - at)));
         const Weights w = kept_weights(row, cut, at);
-        const int last = row.vocab - at < W ? static_cast<int>(row.vocab - at) : W;
-        for (int j = 0; j < last; ++j) {
-            const int bin = bin_of(z[j]);
-            const int64_t weight = at_lane(w, j);
-            ++scratch.counts[bin];
-            scratch.masses[bin] += weight;
+        if (!any(w.high | w.low)) continue;
+        memcpy(bin, &found, sizeof(bin));
+        memcpy(high, &w.high, sizeof(high));
+        memcpy(low, &w.low, sizeof(low));
+        for (int j = 0; j < W; ++j) {
+            const int64_t weight = (int64_t{high[j]} << 20) + low[j];
+            masses[bin[j]] += weight;
             mass += weight;
         }
     }
@@ -205,10 +218,10 @@ PYRLHF_INLINE Cut find_cut(const Row<T>& row, const SampleOptions& options, Scra
     Cut cut;
     const bool by_count = options.top_k > 0 && options.top_k < row.vocab, by_mass = options.top_p < 1.0;
     if (by_count) {
-        fill_histogram(row, cut, scratch);
+        count_bins(row, scratch.counts);
         cut_top_k(row, options.top_k, scratch, cut);
     }
-    if (by_mass) cut_top_p(row, options.top_p, fill_histogram(row, cut, scratch), scratch, cut);
+    if (by_mass) cut_top_p(row, options.top_p, weigh_bins(row, cut, scratch.masses), scratch, cut);
     cut.least_z = options.log_min_p;
     return cut;
 }

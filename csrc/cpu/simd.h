@@ -56,8 +56,9 @@ PYRLHF_INLINE vf smaller(vf a, vf b) { return (a < b) | (a != a) ? a : b; }
 PYRLHF_INLINE vf clamp(vf x, vf low, vf high) { return smaller(larger(x, low), high); }
 PYRLHF_INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
 PYRLHF_INLINE bool any(vi mask) {
-    int32_t out = 0;
-    for (int j = 0; j < W; ++j) out |= mask[j];
+    int64_t words[W / 2], out = 0;
+    memcpy(words, &mask, sizeof(words));
+    for (int64_t word : words) out |= word;
     return out != 0;
 }
 
