@@ -91,22 +91,22 @@ class _Model(nn.Module):
         """
         super().__init__()
         self.config = config
-        self._build(dtype, torch.device(device))
+        with torch.device("meta"):  # no random numbers drawn, no memory touched twice
+            self.trunk = Transformer(config)
+            self.head: Any = self._make_head()
+        self.to(dtype)
+        self._materialise(torch.device(device))
         if torch.device(device).type != "meta":
             self._initialise(torch.Generator().manual_seed(seed))
 
     def _make_head(self) -> nn.Module:
         raise NotImplementedError
 
-    def _build(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Shape everything on the meta device first: no random numbers drawn, no memory touched twice."""
-        with torch.device("meta"):
-            self.trunk = Transformer(self.config)
-            self.head: Any = self._make_head()
-        self.to(dtype)
+    def _materialise(self, device: torch.device) -> None:
+        """Memory on ``device`` for every parameter, its values unset, and the tie that moving breaks."""
         if device.type != "meta":
             self.to_empty(device=device)
-        if self.kind == "causal_lm" and self.config.tied_embeddings:
+        if isinstance(self.head, LMHead) and self.config.tied_embeddings:
             self.head.weight = self.trunk.embed.tokens.weight
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class _Model(nn.Module):
         """
         config = hf.load_config(path)
         model = cls(config, dtype=dtype, device="meta")
-        model._build(dtype, torch.device(device))
+        model._materialise(torch.device(device))
         model.load_state_dict(hf.load_state(path, config, kind=cls.kind))
         model.source = Path(path)
         return model
@@ -283,7 +283,7 @@ class ScalarModel(_Model):
             state = hf.load_state(source, config, kind="trunk")
             trunk = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
         model = cls(config, dtype=dtype, device="meta")
-        model._build(dtype, torch.device(device))
+        model._materialise(torch.device(device))
         model.trunk.load_state_dict(trunk)
         model._initialise_head(torch.Generator().manual_seed(seed))
         model.source = folder
