@@ -167,7 +167,7 @@ def test_answers_that_share_a_prompt_equal_separate_sequences(values_and_grads):
     shared = offsets([prompt, *answers])
     prefix = torch.tensor([[0, 0]] + [[0, prompt]] * 3, dtype=torch.int32)
     rows = [[*range(prompt), *range(int(shared[i]), int(shared[i + 1]))] for i in (1, 2, 3)]
-    index = torch.tensor(sum(rows, []))
+    index = torch.tensor([i for r in rows for i in r])
 
     def separate(*x: Tensor) -> Tensor:
         out = attention(*(y[index] for y in x), offsets([len(r) for r in rows]))

@@ -1,0 +1,136 @@
+"""rms_norm, with and without a residual."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pyrlhf.ops import rms_norm, rms_norm_ref
+
+EPS = 1e-5
+
+
+def truth(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """torch's own RMSNorm."""
+    summed = x if residual is None else x + residual
+    out = torch.nn.functional.rms_norm(summed, weight.shape, weight.to(x.dtype), EPS)
+    return out if residual is None else (out, summed)
+
+
+def ours(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps=EPS, residual=residual)
+
+
+def reference(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    return rms_norm_ref(x, weight, eps=EPS, residual=residual)
+
+
+def inputs(shape: tuple[int, ...], residual: bool, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [shape, shape[-1:]] + [shape] * residual
+    return [(torch.randn(s, generator=generator) * 2).to(dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (0, 8), (5, 1023), (2, 3, 64), (16,)])
+def test_as_good_as_torch(shape, dtype, residual, values_and_grads, assert_as_good_as):
+    given = inputs(shape, residual, dtype)
+    exact = values_and_grads(truth, [x.double() for x in given])
+    peers = values_and_grads(truth, given)
+    assert_as_good_as(values_and_grads(ours, given), peers, exact, tiny=5e-6)
+    assert_as_good_as(values_and_grads(reference, given), peers, exact, tiny=5e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(0, 40), dim=st.integers(1, 70), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_any_shape(rows, dim, scale):
+    x, weight = inputs((rows, dim), False)
+    expected = truth(x.double() * scale, weight.double())
+    torch.testing.assert_close(ours(x * scale, weight).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_with_a_float32_weight():
+    x, weight = inputs((9, 64), False)
+    exact = truth(x.bfloat16().double(), weight.double())
+    assert (ours(x.bfloat16(), weight).double() - exact).abs().max() <= exact.abs().max() * 2**-8
+
+
+def test_gradcheck():
+    for residual in (False, True):
+        given = [x.requires_grad_() for x in inputs((3, 5), residual, torch.float64)]
+        assert torch.autograd.gradcheck(reference, given)
+        op = torch.ops.pyrlhf.rms_norm
+        outputs = slice(0, 2 if residual else 1)
+
+        def f(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> tuple[Tensor, ...]:
+            return op(x, weight, residual, EPS)[outputs]  # noqa: B023
+
+        assert torch.autograd.gradcheck(f, given)
+
+
+def test_only_the_sum_is_used(values_and_grads):
+    x, weight, residual = (t.requires_grad_() for t in inputs((4, 8), True))
+    ours(x, weight, residual)[1].sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert torch.equal(residual.grad, torch.ones_like(x))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 33, 768])
+def test_bits_do_not_depend_on_other_rows(dim, dtype, values_and_grads):
+    x, weight, residual = inputs((50, dim), True, dtype)
+    every = ours(x, weight, residual)
+    for rows in (slice(0, 1), slice(7, 10), slice(13, 50)):
+        some = ours(x[rows], weight, residual[rows])
+        assert torch.equal(some[0], every[0][rows])
+        assert torch.equal(some[1], every[1][rows])
+    leaf = x.clone().requires_grad_()
+    (full,) = torch.autograd.grad(ours(leaf, weight), leaf, residual)
+    part = x[13:20].clone().requires_grad_()
+    (grad,) = torch.autograd.grad(ours(part, weight), part, residual[13:20])
+    assert torch.equal(grad, full[13:20])
+
+
+def test_same_bits_on_repeat(values_and_grads):
+    runs = [values_and_grads(ours, inputs((65, 129), True)) for _ in range(100)]
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_non_contiguous():
+    x, weight = inputs((33, 12), False)
+    assert torch.equal(ours(x.T, torch.ones(33)), ours(x.T.contiguous(), torch.ones(33)))
+    assert torch.equal(ours(x[:, ::2], weight[::2]), ours(x[:, ::2].contiguous(), weight[::2].contiguous()))
+
+
+def test_torch_library(values_and_grads):
+    for residual in (False, True):
+        x, weight, *rest = (t.requires_grad_() for t in inputs((4, 8), residual))
+        torch.library.opcheck(torch.ops.pyrlhf.rms_norm.default, (x, weight, rest[0] if rest else None, EPS))
+    compiled = torch.compile(lambda *t: ours(t[0] * 2, *t[1:]), fullgraph=True, backend="aot_eager")
+    given = inputs((4, 8), True)
+    expected = values_and_grads(lambda *t: ours(t[0] * 2, *t[1:]), given)
+    for a, b in zip(values_and_grads(compiled, given), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("function", [rms_norm, rms_norm_ref])
+def test_wrong_calls_name_the_argument(function):
+    x, weight = inputs((4, 8), False)
+    for error, message, change in (
+        (TypeError, "x must be", {"x": 3}),
+        (TypeError, "x must be float32", {"x": x.int()}),
+        (ValueError, "x must have shape", {"x": torch.tensor(1.0)}),
+        (ValueError, "weight must have shape", {"weight": weight[:7]}),
+        (TypeError, "weight must be float32", {"weight": weight.half()}),
+        (ValueError, "eps must be in", {"eps": -1.0}),
+        (TypeError, "eps must be a number", {"eps": None}),
+        (ValueError, "residual must have shape", {"residual": x[:1]}),
+        (TypeError, "residual must be float32", {"residual": x.bfloat16()}),
+    ):
+        with pytest.raises(error, match=message):
+            function(**{"x": x, "weight": weight, "eps": EPS, **change})
