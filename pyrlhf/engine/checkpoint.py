@@ -47,10 +47,11 @@ def save_model(
     from pyrlhf.model import hf
 
     state = engine.full_state_dict()
-    source = getattr(engine.module, "source", None)  # the folder the model came from, for its tokenizer
+    model: Any = engine.module
+    source = getattr(model, "source", None)  # the folder the model came from, for its tokenizer
     with replacing(Path(folder), engine.world) as partial:
         if engine.world.is_main:
-            hf.save(engine.module.config, state, partial, kind=kind, tokenizer=tokenizer or source)
+            hf.save(model.config, state, partial, kind=kind, tokenizer=tokenizer or source)
     return Path(folder)
 
 

@@ -512,7 +512,7 @@ class Ema:
 
     def _own(self, parameter: nn.Parameter) -> torch.Tensor:
         """The part of a weight that this rank holds."""
-        return parameter.ds_tensor if self._engine.sharded else parameter  # type: ignore[return-value]
+        return getattr(parameter, "ds_tensor") if self._engine.sharded else parameter  # noqa: B009 (DeepSpeed adds it)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -1,0 +1,315 @@
+"""Generation: the right tokens, the right distribution, whatever the batch, and clear errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pyrlhf.model import CausalLM, ModelConfig
+from pyrlhf.rollout import Generator, PagedCache, Rollouts, Sampling, generator
+
+TINY = ModelConfig(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, max_positions=64)
+KINDS = {
+    "gpt2": {},
+    "llama": {"norm": "rms", "positions": "rotary", "gated": True, "activation": "silu", "num_kv_heads": 2},
+    "qwen3": {"norm": "rms", "positions": "rotary", "gated": True, "qk_norm": True, "head_dim": 16, "num_kv_heads": 1},
+    "gpt1": {"norm_position": "post"},
+    "windows": {"windows": (None, 5), "attention_scale": 1.0},
+}
+
+
+def wide(config: ModelConfig, seed: int = 0) -> CausalLM:
+    """A model with weights large enough that its distributions are far from flat and ties are rare."""
+    model = CausalLM(config, seed=seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(8.0 if "embed" not in name else 20.0)
+    return model
+
+
+def prompts(count: int, vocab: int = 40, longest: int = 20) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, longest + 1, (count,), generator=draw).tolist()
+    return [torch.randint(0, vocab, (n,), generator=draw).tolist() for n in lengths]
+
+
+def responses(out: Rollouts) -> list[list[int]]:
+    return [out.response(i) for i in range(len(out))]
+
+
+def full_forward(model: CausalLM, out: Rollouts, temperature: float) -> torch.Tensor:
+    """Log-probs of all response tokens by one packed forward over the finished sequences."""
+    lengths = out.cu_seqlens.diff().tolist()
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    rows = torch.cat(
+        [torch.arange(int(e) - int(r), int(e)) for e, r in zip(out.cu_seqlens[1:], out.response_lengths, strict=True)]
+    )
+    targets = out.tokens[rows]
+    return model(out.tokens, positions, out.cu_seqlens, rows=rows - 1, targets=targets, temperature=temperature)[0]
+
+
+def test_stories260k_reproduces_its_golden_text(shared_data: Callable[[str], Path]) -> None:
+    folder = shared_data("stories260k")
+    golden = json.loads((folder / "golden.json").read_text())
+    ids = golden["token_ids"]
+    model = CausalLM.from_pretrained(folder)
+    out = Generator(model).generate([ids[:1], ids[:40]], Sampling(max_new_tokens=len(ids) - 1, temperature=0.0), n=2)
+    for i, start in enumerate((1, 1, 40, 40)):
+        assert (out.prompt(i) + out.response(i))[: len(ids)] == ids
+        assert out.prompt_lengths[i] == start
+    torch.testing.assert_close(out.logprobs[: len(ids) - 1], torch.tensor(golden["greedy_logprobs"]), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_greedy_is_what_transformers_generates(kind: str, tmp_path: Path) -> None:
+    theirs: Any
+    if kind == "gpt2":
+        gpt2 = transformers.GPT2Config(
+            vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4
+        )
+        theirs = transformers.GPT2LMHeadModel(gpt2)
+    else:
+        llama = transformers.LlamaConfig(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.4,
+        )
+        theirs = transformers.LlamaForCausalLM(llama)
+    theirs.eval().save_pretrained(tmp_path)
+    asked = prompts(7, vocab=97)
+    out = Generator(CausalLM.from_pretrained(tmp_path)).generate(
+        asked, Sampling(max_new_tokens=25, temperature=0.0, eos_id=96)
+    )
+    for i, prompt in enumerate(asked):
+        ids = torch.tensor([prompt])
+        expected = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=25,
+            eos_token_id=96,
+            pad_token_id=0,
+        )
+        assert out.response(i) == expected[0, len(prompt) :].tolist()
+    assert len({tuple(r) for r in responses(out)}) == 7  # it is not one answer to everything
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_logprobs_are_those_of_a_full_forward(kind: str) -> None:
+    model = wide(ModelConfig(**(TINY.to_dict() | {"head_dim": 0, "num_kv_heads": 0} | KINDS[kind])))
+    out = Generator(model, page_size=4).generate(prompts(6), Sampling(max_new_tokens=30, temperature=0.7, seed=3), n=2)
+    expected = full_forward(model, out, 0.7)
+    assert float(expected.std()) > 0.5
+    torch.testing.assert_close(out.logprobs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_filtered_logprobs_are_of_the_distribution_drawn_from() -> None:
+    """With top_k 3 each step's probabilities are the three largest, renormalised."""
+    model = wide(TINY)
+    out = Generator(model).generate(prompts(4), Sampling(max_new_tokens=10, top_k=3, seed=1))
+    hidden = model(out.tokens, torch.cat([torch.arange(int(n)) for n in out.cu_seqlens.diff()]), out.cu_seqlens)
+    logits = model.logits(hidden).log_softmax(-1)
+    done = 0
+    for i in range(len(out)):
+        for row in range(int(out.cu_seqlens[i] + out.prompt_lengths[i]), int(out.cu_seqlens[i + 1])):
+            top = logits[row - 1].topk(3)
+            where = top.indices.tolist().index(int(out.tokens[row]))
+            assert float(out.logprobs[done]) == pytest.approx(float(top.values.log_softmax(-1)[where]), abs=1e-4)
+            done += 1
+    assert done == len(out.logprobs)
+
+
+def test_sampling_frequencies_are_the_model_s() -> None:
+    """Pairs of tokens drawn 100,000 times against their exact probabilities: chi-square at p > 1e-4."""
+    model = wide(ModelConfig(vocab_size=7, hidden_size=16, num_layers=1, num_heads=2, max_positions=8))
+    draws = 100_000
+    out = Generator(model, max_batch=20_000).generate(
+        [[1, 4, 2]], Sampling(max_new_tokens=2, temperature=1.3, seed=11), n=draws
+    )
+    drawn = out.tokens.view(draws, 5)[:, 3:]
+    found = torch.bincount(drawn[:, 0] * 7 + drawn[:, 1], minlength=49).double()
+    exact = []
+    for first in range(7):
+        tokens = torch.tensor([1, 4, 2, first])
+        hidden = model(tokens, torch.arange(4), torch.tensor([0, 4], dtype=torch.int32))
+        log_p = (model.logits(hidden).double() / 1.3).log_softmax(-1)
+        exact.append((log_p[2, first] + log_p[3]).exp())
+    expected = torch.cat(exact) * draws
+    frequent = expected >= 5
+    assert int(frequent.sum()) >= 15
+    statistic = float(((found - expected) ** 2 / expected)[frequent].sum())
+    degrees = int(frequent.sum()) - 1
+    # Wilson and Hilferty: the cube root of chi-square / degrees is close to normal.
+    z = ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
+    assert z < 3.72, f"chi-square {statistic:.1f} at {degrees} degrees of freedom"
+
+
+BATCHES: list[dict[str, Any]] = [
+    {"max_batch": 1},
+    {"max_batch": 3},
+    {"max_batch": 24, "page_size": 1},
+    {"pages": 14, "page_size": 4},
+    {"prefill_tokens": 1},
+    {"prefill_tokens": 30, "max_batch": 5, "page_size": 5, "pages": 30},
+]
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[PagedCache]:
+    """Every cache made in the test."""
+    made: list[PagedCache] = []
+
+    class Remembered(PagedCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(generator, "PagedCache", Remembered)
+    return made
+
+
+@pytest.mark.parametrize("how", BATCHES, ids=str)
+def test_samples_do_not_depend_on_the_batch(how: dict[str, Any], caches: list[PagedCache]) -> None:
+    model, asked = wide(TINY), prompts(8)
+    sampling = Sampling(max_new_tokens=30, seed=2, eos_id=7, stop_ids=(11, 12))
+    expected = Generator(model).generate(asked, sampling, n=3)
+    out = Generator(model, **how).generate(asked, sampling, n=3)
+    assert responses(out) == responses(expected)
+    assert out.finish == expected.finish
+    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+    assert all(cache.free_pages == cache.pages for cache in caches)
+    assert len(caches) == 2
+
+
+def test_samples_follow_their_ids_not_their_places() -> None:
+    model, asked = wide(TINY), prompts(5)
+    sampling = Sampling(max_new_tokens=20, seed=2)
+    forward = Generator(model).generate(asked, sampling, sample_ids=[10, 11, 12, 13, 14])
+    backward = Generator(model).generate(asked[::-1], sampling, sample_ids=torch.tensor([14, 13, 12, 11, 10]))
+    assert responses(forward) == responses(backward)[::-1]
+    other = Generator(model).generate(asked, sampling, sample_ids=[20, 21, 22, 23, 24])
+    assert responses(forward) != responses(other)
+    assert responses(forward) != responses(Generator(model).generate(asked, Sampling(max_new_tokens=20, seed=3)))
+
+
+def test_sample_i_of_prompt_p_is_at_p_n_plus_i() -> None:
+    model, asked = wide(TINY), prompts(4)
+    out = Generator(model).generate(asked, Sampling(max_new_tokens=12), n=3)
+    assert [out.prompt(i) for i in range(12)] == [p for p in asked for _ in range(3)]
+    assert len({tuple(r) for r in responses(out)[:3]}) == 3
+    assert out.cu_seqlens[-1] == len(out.tokens)
+    assert int(out.response_lengths.sum()) == len(out.logprobs)
+    assert out.sample_ids.tolist() == list(range(12))
+
+
+def test_what_ends_a_response() -> None:
+    """Greedy text is cut where a token of it becomes the eos or a stop id, or at the length, or at the context's end."""
+    model, prompt = wide(TINY, seed=4), [3, 1, 4]
+
+    def run(**changes: Any) -> tuple[list[int], str]:
+        out = Generator(model).generate([prompt], Sampling(**({"max_new_tokens": 10, "temperature": 0.0} | changes)))
+        return out.response(0), out.finish[0]
+
+    text, reason = run()
+    assert (len(text), reason) == (10, "length")
+    chosen = next(t for t in text if t != text[0])
+    cut = text[: text.index(chosen) + 1]
+    assert run(eos_id=chosen) == (cut, "eos")
+    assert run(stop_ids=(chosen,)) == (cut, "stop")
+    assert run(stop_ids=(39, chosen), eos_id=chosen) == (cut, "eos")
+    assert run(eos_id=text[0]) == (text[:1], "eos")
+    assert run(max_new_tokens=1) == (text[:1], "length")
+    long, reason = run(max_new_tokens=1000)
+    assert (len(long), reason) == (TINY.max_positions - 3, "length")
+
+
+def test_the_model_s_own_eos_ends_a_response() -> None:
+    text = Generator(wide(TINY)).generate([[2]], Sampling(max_new_tokens=10, temperature=0.0)).response(0)
+    for own in ({"eos_id": text[3]}, {"eos_id": None, "extra_eos_ids": (text[3],)}):
+        model = wide(ModelConfig(**(TINY.to_dict() | own)))
+        out = Generator(model).generate([[2]], Sampling(max_new_tokens=10, temperature=0.0))
+        assert out.response(0) == text[: text.index(text[3]) + 1]
+        assert out.finish == ["eos"]
+
+
+def test_bf16_generates() -> None:
+    model = wide(TINY).to(torch.bfloat16)
+    out = Generator(model).generate(prompts(4), Sampling(max_new_tokens=16, seed=1), n=2)
+    error = (out.logprobs - full_forward(model, out, 1.0)).abs()
+    assert float(error.mean()) < 0.05
+    assert out.logprobs.dtype == torch.float32
+
+
+def test_training_goes_on_after_generation() -> None:
+    model = wide(TINY)
+    out = Generator(model).generate(prompts(3), Sampling(max_new_tokens=5))
+    assert not out.logprobs.requires_grad
+    loss = (full_forward(model, out, 1.0) - out.logprobs).exp().mean()
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
+def test_no_prompts_no_rollouts() -> None:
+    out = Generator(wide(TINY)).generate([], Sampling())
+    assert (len(out), out.tokens.numel(), out.cu_seqlens.tolist()) == (0, 0, [0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "message"),
+    [
+        ([[1], []], {}, r"prompts\[1\]: expected at least one token"),
+        ([[1], [2, 40]], {}, r"prompts\[1\]: expected ids in \[0, 40\), found 40"),
+        ([[-1]], {}, r"prompts\[0\]: expected ids in \[0, 40\), found -1"),
+        ([[1] * 64], {}, r"prompts\[0\]: expected fewer tokens than the context of 64, found 64"),
+        ([[1]], {"n": 0}, "n: expected at least 1"),
+        ([[1]], {"sample_ids": [1, 2]}, "sample_ids: expected 1 prompts"),
+        ([[1]], {"n": 2, "sample_ids": [4, 4]}, "sample_ids: expected distinct"),
+    ],
+)
+def test_wrong_prompts_are_named(asked: list[list[int]], options: dict[str, Any], message: str) -> None:
+    model = wide(TINY)
+    model.decode = None  # type: ignore[method-assign, assignment]  # nothing may run
+    with pytest.raises(ValueError, match=message):
+        Generator(model).generate(asked, Sampling(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": -1}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+    ],
+)
+def test_wrong_sampling_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_other_wrong_uses_are_named() -> None:
+    with pytest.raises(ValueError, match="pages: expected at least 3"):
+        Generator(wide(TINY), pages=2, page_size=8).generate([[1] * 10], Sampling(max_new_tokens=10))
+    with pytest.raises(ValueError, match="max_batch"):
+        Generator(wide(TINY), max_batch=0)
+    with pytest.raises(ValueError, match="bidirectional"):
+        Generator(CausalLM(ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, causal=False)))
+    broken = wide(TINY)
+    torch.nn.init.constant_(broken.trunk.layers[0].mlp.down.weight, math.nan)  # type: ignore[arg-type, union-attr]
+    with pytest.raises(ValueError, match="logits"):
+        Generator(broken).generate([[1]], Sampling())
