@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class _Model(nn.Module):
         if device.type != "meta":
             self.to_empty(device=device)
         if isinstance(self.head, LMHead) and self.config.tied_embeddings:
-            self.head.weight = self.trunk.embed.tokens.weight
+            self.head.weight = cast(nn.Parameter, self.trunk.embed.tokens.weight)
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator) -> None:
