@@ -51,7 +51,11 @@ def _explain(error: Exception) -> int:
         else f"{name}: {error}"
     )
     log = getattr(error, "log", None)
-    note = f"\nThe whole story is in {log}; --debug prints it." if log is not None and code == FAILED else ""
+    note = (
+        f"\nThe whole story is in {log}; --debug prints it."
+        if log is not None and code == FAILED and name != "RunError"
+        else ""
+    )
     return _tell(f"error: {said}{note}", code)
 
 

@@ -28,7 +28,7 @@ from pyrlhf.engine import EngineConfig
 from pyrlhf.evaluate import perplexity, prompt_text, reward_accuracy, sample_answers, score_rankings, win_rate
 from pyrlhf.metrics import read_lines
 from pyrlhf.model import CausalLM, ScalarModel
-from pyrlhf.rollout import Sampling
+from pyrlhf.rollout import Generator, Sampling
 from pyrlhf.rounds import load_labeller
 from pyrlhf.settings import SettingsError, load_settings
 from pyrlhf.terminal import say
@@ -132,7 +132,8 @@ def _answers(
     """{prompt | messages, response, finish} a row; {..., responses} with n > 1."""
     policy = CausalLM.from_pretrained(_folder(model), dtype=DTYPES[args.dtype], device=_device(args))
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    rows = sample_answers(policy, tokenizer, prompts, sampling, n=n, batch=args.batch_size)
+    generator = Generator(policy, max_batch=args.batch_size * n)
+    rows = sample_answers(generator.generate, tokenizer, prompts, sampling, n=n)
     return rows if n > 1 else [_single(row) for row in rows]
 
 

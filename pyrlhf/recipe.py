@@ -6,6 +6,8 @@ Both hold a digest of everything that the stage depends on, so a changed recipe 
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -20,7 +22,7 @@ from typing import Any, Literal, get_args
 from pyrlhf.data import DataConfig, Tokenizer, read_texts
 from pyrlhf.engine import EngineConfig, World, init_world
 from pyrlhf.metrics import Metrics
-from pyrlhf.model import CausalLM, ModelConfig
+from pyrlhf.model import CausalLM, ModelConfig, preset_names
 from pyrlhf.report import write_report
 from pyrlhf.rounds import RankingConfig, collect_rankings, load_labeller
 from pyrlhf.settings import SettingsError, load_settings, plain
@@ -52,6 +54,18 @@ class ModelSource:
     path: str = ""
     preset: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.preset and self.preset not in preset_names():
+            near = difflib.get_close_matches(self.preset, preset_names(), n=1)
+            raise ValueError(
+                f"preset: expected one of {', '.join(preset_names())}, found {self.preset!r}{_meant(near)}"
+            )
+        names = [f.name for f in dataclasses.fields(ModelConfig)]
+        for name in self.config:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise ValueError(f"config: unknown field {name!r}{_meant(near)}")
 
     @property
     def given(self) -> list[str]:
@@ -273,11 +287,14 @@ class _Run:
         started = _read_marker(folder / "started.json")
         if started is None:
             return None
+        if started["digest"] != digest and _untouched(folder):
+            return None  # it failed before it made anything: the new settings may mend that
         if started["digest"] != digest:
             changed = _differences(started["settings"], settings) or ["an earlier stage"]
             raise RunError(
                 f"{folder} holds the stage {title} with other settings; changed since: {'; '.join(changed)}. "
-                "Run with --fresh to make it anew, change these back, or choose another `output`."
+                "Run with --fresh to make it anew (with --stage: that stage and what follows), change these back, or "
+                "choose another `output`."
             )
         done = _read_marker(folder / "done.json")
         if done is None:
@@ -308,7 +325,7 @@ class _Run:
     @property
     def world(self) -> World:
         if self._world is None:
-            self._world = init_world(self.recipe.engine)
+            self._world = init_world(self.recipe.engine, log=self.output / "log.txt")
         return self._world
 
     @property
@@ -364,7 +381,7 @@ class _Run:
 
     def execute(self, step: Step, state: State, digest: str, settings: Mapping[str, Any]) -> Path:
         """Run one step in its folder; returns its result."""
-        resuming = (step.folder / "started.json").exists()
+        resuming = (step.folder / "started.json").exists() and not _untouched(step.folder)
         self.world.barrier()  # every rank has looked before the main one writes
         self.mark(step.folder, "started.json", digest=digest, settings=settings)
         say(f"{step.title}: {'going on' if resuming else 'starting'} in {step.folder}")
@@ -457,6 +474,10 @@ def new_model_config(source: ModelSource, tokenizer: Tokenizer) -> ModelConfig:
     return ModelConfig.from_dict({**special, **source.config})
 
 
+def _meant(near: Sequence[str]) -> str:
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
 def _needed(path: Path | None, step: Step, by: str) -> Path:
     if path is None:
         raise RunError(f"{step.title}: the step {by} has to finish first; run without --stage")
@@ -472,6 +493,11 @@ def _read_marker(path: Path) -> dict[str, Any] | None:
         return None
     marker: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return marker
+
+
+def _untouched(folder: Path) -> bool:
+    """Whether a stage has left nothing but notes: no checkpoint to go on from, no result."""
+    return {path.name for path in folder.iterdir()} <= {"started.json", "metrics.jsonl", "samples.jsonl", "tensorboard"}
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[str]:

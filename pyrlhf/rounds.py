@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrlhf.data import DataConfig, Tokenizer, encode_prompts, read_prompts, read_rankings, shard
-from pyrlhf.engine import EngineConfig, World
+from pyrlhf.engine import EngineConfig, HybridEngine, World
 from pyrlhf.evaluate.samples import prompt_part, prompt_text, sample_answers
 from pyrlhf.metrics import Metrics
 from pyrlhf.model import CausalLM
@@ -132,21 +132,27 @@ def _draw(
     records, _ = read_prompts(ppo.prompts)
     prompts, _ = encode_prompts(records, tokenizer, ppo.prompt_rule)
     chosen = random.Random(seed).sample(prompts, min(config.prompts, len(prompts)))
-    mine = shard(list(range(len(chosen))), world.rank, world.size)
-    model = CausalLM.from_pretrained(policy, dtype=engine.torch_dtype, device=world.device)
+    model = HybridEngine(
+        CausalLM.from_pretrained(policy), engine, world=world, max_batch=config.batch_size * config.samples
+    )
     sampling = Sampling(max_new_tokens=ppo.max_new_tokens, temperature=ppo.temperature, seed=seed)
-    with metrics.progress(len(mine), "samples to rank") as bar:
-        rows = sample_answers(
-            model,
-            tokenizer,
-            [chosen[i] for i in mine],
-            sampling,
-            n=config.samples,
-            batch=config.batch_size,
-            first_id=mine[0] * config.samples if mine else 0,
-            advance=lambda steps, tokens: bar.advance(steps, tokens=tokens),
-        )
-    return [_distinct(row) for part in world.gather(rows) for row in part]
+    rows: list[dict[str, Any]] = []
+    with metrics.progress(len(chosen), "samples to rank") as bar:
+        for first in range(0, len(chosen), config.batch_size * world.size):
+            everyone = list(range(first, min(first + config.batch_size * world.size, len(chosen))))
+            mine = shard(everyone, world.rank, world.size)
+            part = sample_answers(
+                model.generate,
+                tokenizer,
+                [chosen[i] for i in mine],
+                sampling,
+                n=config.samples,
+                first_id=mine[0] * config.samples if mine else 0,
+            )
+            rows += [_distinct(row) for rank in world.gather(part) for row in rank]
+            bar.advance(len(everyone))
+    model.close()
+    return rows
 
 
 def _distinct(row: dict[str, Any]) -> dict[str, Any]:
