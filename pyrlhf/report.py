@@ -19,23 +19,34 @@ import yaml
 from pyrlhf.metrics import read_lines
 
 SHOWN_SAMPLES = 24
+TELLING_PARTS = ("loss", "reward", "win_rate", "kl", "accuracy", "perplexity", "skipped")
 _RESERVED = ("stage", "step", "time", "nonfinite")
 
-# Curves that are read together share one picture; a number is matched by the last part of its name.
+# Curves that are read together, and have about one scale, share a picture; a name joins the first group it has a part of.
 GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("reward", ("reward", "score", "win")),
-    ("KL", ("kl",)),
+    ("win rate", ("win_rate",)),
+    ("reward", ("reward", "score", "gain")),
+    ("KL coefficient", ("kl_coef",)),
+    ("KL between old and new policy", ("approx_kl",)),
+    ("KL a token", ("kl_per_token",)),
+    ("KL to the reference", ("kl",)),
+    ("policy loss", ("policy_loss",)),
+    ("value loss", ("value_loss",)),
     ("loss", ("loss",)),
-    ("accuracy", ("accuracy", "explained")),
+    ("accuracy", ("accuracy",)),
+    ("explained variance", ("explained",)),
     ("perplexity", ("perplexity",)),
-    ("ratio and clipping", ("ratio", "clip")),
+    ("clipping", ("clip",)),
+    ("ratio", ("ratio",)),
     ("entropy", ("entropy",)),
-    ("response", ("response", "length", "eos", "truncated")),
-    ("advantage and value", ("advantage", "value", "return")),
+    ("responses that end", ("eos", "truncated")),
+    ("response length", ("length",)),
+    ("advantage", ("advantage", "return")),
     ("gradient norm", ("grad",)),
     ("learning rate", ("lr",)),
     ("rollout against training", ("mismatch",)),
-    ("speed", ("per_second", "tokens_s", "seconds")),
+    ("tokens a second", ("per_second",)),
+    ("seconds", ("seconds",)),
     ("memory", ("memory",)),
 )
 
@@ -85,12 +96,8 @@ def _overview(stages: Sequence[Path], folder: Path) -> str:
     for stage in stages:
         last = last_numbers(read_lines(stage / "metrics.jsonl"))
         steps = max((line.get("step", 0) for line in read_lines(stage / "metrics.jsonl")), default=0)
-        telling = {
-            k: v
-            for k, v in last.items()
-            if any(part in k for part in ("loss", "reward", "kl", "accuracy", "perplexity"))
-        }
-        shown = " · ".join(f"{name} {value:.4g}" for name, value in list(telling.items())[:8])
+        telling = {k: v for k, v in last.items() if any(part in k for part in TELLING_PARTS)}
+        shown = " · ".join(f"{name} {value:.4g}" for name, value in list(telling.items())[:12])
         rows.append({"stage": str(stage.relative_to(folder)), "steps": steps, "at the end": shown})
     return table(rows) if rows else "<p>No stage has written numbers yet.</p>"
 
@@ -192,6 +199,8 @@ def _pictures(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     for title, names in grouped(list(curves)).items():
         for start in range(0, len(names), 6):  # more than six curves cannot be told apart
             part = {name: curves[name] for name in names[start : start + 6]}
+            if all(len(steps) < 2 or not any(values) for steps, values in part.values()):
+                continue  # one point, or zeros: the table above says as much
             yield title, base64.b64encode(_draw(title, part)).decode()
 
 
