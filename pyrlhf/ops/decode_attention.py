@@ -10,20 +10,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes, values_readable
 from pyrlhf.ops._library import define
 
-_BLOCK = 64
+_BLOCK = 64  # keys
+_LINE = 16  # floats
 
 
 class DecodeGroup(NamedTuple):
     """Rows that see the same number of key blocks, L keys with the filling."""
 
-    rows: Tensor | None  # int64 [b], None for all rows in order
-    slots: Tensor  # int64 [b * L]: page * page_size + offset
-    mask: Tensor  # float [b, 1, 1, L]: 0 or -inf
+    rows: Tensor | None  # int64 [b], the last one perhaps repeated; None for all rows in order
+    places: Tensor  # int64 [b * Hkv * L]: slot * Hkv + head, the row of a cache seen as [pages * page_size * Hkv, D]
+    mask: Tensor  # float32 [b, 1, L]: 0 or -inf
 
 
 class DecodePlan(NamedTuple):
@@ -90,7 +91,7 @@ def decode_attention(
 
 
 def plan_decode(
-    page_table: Tensor, seq_lens: Tensor, page_size: int, *, window: int | None = None, dtype: torch.dtype
+    page_table: Tensor, seq_lens: Tensor, page_size: int, kv_heads: int, *, window: int | None = None
 ) -> DecodePlan:
     """Where the keys of each row lie, for `attend`; the same for all layers of a step that share a window. No checks."""
     lengths = seq_lens.tolist()
@@ -99,10 +100,13 @@ def plan_decode(
     for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
         if length and window != 0:
             by_blocks.setdefault(-(-length // _BLOCK) - start, []).append(row)
+    # A batched GEMM of fewer matrices than threads may share one matrix out and sum in another order: repeat a row instead.
+    fewest = -(-max(2, torch.get_num_threads()) // kv_heads)
     groups = []
     for blocks, members in sorted(by_blocks.items()):
-        rows = None if len(members) == len(lengths) else torch.tensor(members, device=seq_lens.device)
-        groups.append(_group(rows, blocks, page_table, seq_lens, page_size, window, dtype))
+        members = members + members[-1:] * (fewest - len(members))
+        rows = None if members == list(range(len(lengths))) else torch.tensor(members, device=seq_lens.device)
+        groups.append(_group(rows, blocks, page_table, seq_lens, page_size, kv_heads, window))
     return DecodePlan(groups)
 
 
@@ -112,21 +116,22 @@ def _group(
     page_table: Tensor,
     seq_lens: Tensor,
     page_size: int,
+    kv_heads: int,
     window: int | None,
-    dtype: torch.dtype,
 ) -> DecodeGroup:
     if rows is not None:
         page_table, seq_lens = page_table[rows], seq_lens[rows]
     length = seq_lens.long()[:, None]  # [b, 1]
-    place = torch.arange(blocks * _BLOCK, device=seq_lens.device)[None]  # [1, L]
-    hidden = place >= length
+    token = torch.arange(blocks * _BLOCK, device=seq_lens.device)[None]  # [1, L]
+    hidden = token >= length
     if window is not None:
-        place = place + (length - window).clamp_(min=0) // _BLOCK * _BLOCK
-        hidden = (place >= length) | (place < length - window)
-    place = torch.minimum(place, length - 1)
-    slots = page_table.long().gather(1, place // page_size) * page_size + place % page_size
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-    return DecodeGroup(rows, slots.reshape(-1), mask[:, None, None])
+        token = token + (length - window).clamp_(min=0) // _BLOCK * _BLOCK
+        hidden = (token >= length) | (token < length - window)
+    token = torch.minimum(token, length - 1)
+    slots = page_table.long().gather(1, token // page_size) * page_size + token % page_size  # [b, L]
+    places = slots[:, None] * kv_heads + torch.arange(kv_heads, device=slots.device)[:, None]  # [b, Hkv, L]
+    mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return DecodeGroup(rows, places.reshape(-1), mask[:, None])
 
 
 def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale: float) -> Tensor:
@@ -143,23 +148,21 @@ def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale:
 
 def _attend_group(q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, scale: float) -> Tensor:
     batch, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
+    kv_heads, length = k_cache.shape[2], group.mask.shape[2]
+    group_heads = heads // kv_heads
     keys, values = (
-        cache.view(-1, kv_heads, dim).index_select(0, group.slots).view(batch, -1, kv_heads, dim).transpose(1, 2)
+        _whole_lines(cache.view(-1, dim).index_select(0, group.places).view(batch * kv_heads, length, dim).float())
         for cache in (k_cache, v_cache)
-    )  # [b, Hkv, L, D]
-    queries = _pitched(q).view(batch, kv_heads, heads // kv_heads, dim)
-    out = scaled_dot_product_attention(queries, keys, values, attn_mask=group.mask, scale=scale)
-    return out.reshape(batch, heads, dim)
+    )
+    queries = _whole_lines((q.float() * scale).reshape(batch * kv_heads, group_heads, dim))
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(batch, heads, length)
+    weights = scores.add_(group.mask).softmax(-1).view(batch * kv_heads, group_heads, length)
+    return torch.bmm(weights, values)[..., :dim].reshape(batch, heads, dim).to(q.dtype)
 
 
-def _pitched(q: Tensor) -> Tensor:
-    """``[b, Hq * D]`` whose rows all start on a cache line: BLAS may choose another order of summation by alignment."""
-    flat = q.reshape(q.shape[0], -1)
-    if flat.shape[1] * flat.element_size() % 64 == 0 and flat.data_ptr() % 64 == 0:
-        return flat
-    pitched = flat.new_empty(flat.shape[0], -(-flat.shape[1] // 64) * 64)[:, : flat.shape[1]]
-    return pitched.copy_(flat)
+def _whole_lines(x: Tensor) -> Tensor:
+    """``x`` with zero channels up to a whole cache line: BLAS may choose another order of summation by alignment."""
+    return x if x.shape[-1] % _LINE == 0 else pad(x, (0, -x.shape[-1] % _LINE))
 
 
 def _check(
@@ -229,7 +232,7 @@ def _impl(
     scale: float,
 ) -> Tensor:
     _check_values(page_table, seq_lens, k_cache)
-    plan = plan_decode(page_table, seq_lens, k_cache.shape[1], window=window, dtype=q.dtype)
+    plan = plan_decode(page_table, seq_lens, *k_cache.shape[1:3], window=window)
     return attend(q, k_cache, v_cache, plan, scale).contiguous()
 
 

@@ -112,6 +112,5 @@ class PagedDecode:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         store(k, v, k_cache, v_cache, self._slots)
         if window not in self._plans:
-            page_size = self._cache.page_size
-            self._plans[window] = plan_decode(self._table, self._seq_lens, page_size, window=window, dtype=q.dtype)
+            self._plans[window] = plan_decode(self._table, self._seq_lens, *k_cache.shape[1:3], window=window)
         return attend(q, k_cache, v_cache, self._plans[window], q.shape[2] ** -0.5 if scale is None else scale)
