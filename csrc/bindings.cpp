@@ -1,5 +1,5 @@
-// pyrlhf._C: the table of contents, one line a kernel. Pointers and streams are integers (0 = none), sizes and dtypes are
-// plain numbers; Python has checked them (pyrlhf/ops). The GIL is released while a kernel runs.
+// pyrlhf._C: the table of contents, one line a kernel. Pointers and streams are integers (0 = none), sizes and dtypes
+// are plain numbers; Python has checked them (pyrlhf/ops). The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -23,8 +23,8 @@ T* at(address a) {
 
 void gae(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
          int64_t sequences, float gamma, float lam, int threads) {
-    cpu().gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap), at<float>(advantages),
-              at<float>(returns), sequences, gamma, lam, threads);
+    cpu().gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap),
+              at<float>(advantages), at<float>(returns), sequences, gamma, lam, threads);
 }
 
 void ppo_loss(address logprobs, address old_logprobs, address advantages, address values, address old_values,
@@ -44,9 +44,9 @@ void ranking_loss(address scores, address cu_groups, address ranks, int64_t grou
                        at<float>(loss), at<float>(stats), scratch.data(), threads);
 }
 
-int64_t sample(address logits, int dtype, address ids, address positions, int64_t rows, int64_t vocab, int64_t row_stride,
-               uint64_t seed, float inverse_temperature, int64_t top_k, double top_p, float log_min_p, address tokens,
-               address logprobs, int threads) {
+int64_t sample(address logits, int dtype, address ids, address positions, int64_t rows, int64_t vocab,
+               int64_t row_stride, uint64_t seed, float inverse_temperature, int64_t top_k, double top_p,
+               float log_min_p, address tokens, address logprobs, int threads) {
     return cpu().sample(at<void>(logits), static_cast<DType>(dtype), at<int64_t>(ids), at<int64_t>(positions),
                         {seed, inverse_temperature, top_k, top_p, log_min_p}, rows, vocab, row_stride,
                         at<int64_t>(tokens), at<float>(logprobs), threads);
@@ -61,10 +61,10 @@ std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t
 #if defined(PYRLHF_CUDA)
 constexpr bool cuda_built = true;
 
-void gae_cuda(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
-              int64_t sequences, int64_t total, float gamma, float lam, address stream) {
-    cuda::gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap), at<float>(advantages),
-              at<float>(returns), sequences, total, gamma, lam, at<void>(stream));
+void gae_cuda(address rewards, address values, address cu_seqlens, address bootstrap, address advantages,
+              address returns, int64_t sequences, int64_t total, float gamma, float lam, address stream) {
+    cuda::gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap),
+              at<float>(advantages), at<float>(returns), sequences, total, gamma, lam, at<void>(stream));
 }
 #else
 constexpr bool cuda_built = false;

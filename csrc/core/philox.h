@@ -26,8 +26,8 @@ PYRLHF_HD Philox philox4x32(Philox counter, uint32_t key0, uint32_t key1) {
 
 // 62 random bits for (seed, id, position): key = seed, counter = (id, position), both as low and high words.
 PYRLHF_HD uint64_t keyed_bits62(uint64_t seed, uint64_t id, uint64_t position) {
-    const Philox counter = {{static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32), static_cast<uint32_t>(position),
-                             static_cast<uint32_t>(position >> 32)}};
+    const Philox counter = {{static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32),
+                             static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)}};
     const Philox drawn = philox4x32(counter, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
     return (uint64_t{drawn.word[0] >> 1} << 31) | (drawn.word[1] >> 1);
 }

@@ -93,7 +93,8 @@ void set_isa(const std::string& name) {
     for (const Isa& each : isas) {
         if (name != each.name) continue;
         if (!each.runs_here())
-            throw std::invalid_argument("PYRLHF_ISA=" + name + ": this CPU does not have that instruction set; it has " +
+            throw std::invalid_argument("PYRLHF_ISA=" + name +
+                                        ": this CPU does not have that instruction set; it has " +
                                         joined(isas_available()));
         current().store(&each);
         return;

@@ -8,10 +8,10 @@
 
 namespace pyrlhf {
 
-const CpuKernels& cpu();                     // the kernels in use
-std::string isa();                           // their instruction set
-std::vector<std::string> isas_built();       // in this binary, plainest first
-std::vector<std::string> isas_available();   // of these, the ones this CPU has
-void set_isa(const std::string& name);       // throws std::invalid_argument naming what is there
+const CpuKernels& cpu();                    // the kernels in use
+std::string isa();                          // their instruction set
+std::vector<std::string> isas_built();      // in this binary, plainest first
+std::vector<std::string> isas_available();  // of these, the ones this CPU has
+void set_isa(const std::string& name);      // throws std::invalid_argument naming what is there
 
 }  // namespace pyrlhf

@@ -1,7 +1,7 @@
-// Generalised advantage estimation over packed sequences: A_t = delta_t + c A_{t+1}, c = gamma lambda, from each sequence's
-// last token to its first. W steps at a time: inside a vector the recurrence is a scan of log2 W shifted multiply-adds, and
-// one number, A of the first element, is carried to the vector before. Blocks are counted from the sequence's own end, so
-// its bits do not depend on where it lies in the batch or which thread takes it.
+// Generalised advantage estimation over packed sequences: A_t = delta_t + c A_{t+1}, c = gamma lambda, from each
+// sequence's last token to its first. W steps at a time: inside a vector the recurrence is a scan of log2 W shifted
+// multiply-adds, and one number, A of the first element, is carried to the vector before. Blocks are counted from the
+// sequence's own end, so its bits do not depend on where it lies in the batch or which thread takes it.
 #include "core/gae.h"
 
 #include "cpu/kernels.h"
@@ -63,8 +63,8 @@ PYRLHF_INLINE void one_sequence(const float* rewards, const float* values, float
 
 }  // namespace
 
-void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap, float* advantages,
-         float* returns, int64_t sequences, float gamma, float lam, int threads) {
+void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,
+         float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads) {
     const Decay decay = make_decay(gamma * lam);
     const bool alone = cu_seqlens[sequences] < 16384;  // less work than waking the other threads
 #pragma omp parallel for schedule(dynamic, 16) num_threads(alone ? 1 : threads)

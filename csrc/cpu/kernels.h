@@ -1,5 +1,5 @@
-// The table of CPU kernels: one line an op. csrc/cpu/<op>.cpp defines it in namespace pyrlhf::PYRLHF_ISA and is compiled
-// once an instruction set. To add an op: a line here, its file, and a line in csrc/bindings.cpp.
+// The table of CPU kernels: one line an op. csrc/cpu/<op>.cpp defines it in namespace pyrlhf::PYRLHF_ISA and is
+// compiled once an instruction set. To add an op: a line here, its file, and a line in csrc/bindings.cpp.
 #pragma once
 
 #include <cstdint>
@@ -55,9 +55,9 @@ struct CpuKernels {
 };
 
 #define PYRLHF_DECLARE(name, result, arguments) result name arguments;
-#define PYRLHF_NAMESPACE(isa)                  \
-    namespace isa {                            \
-    PYRLHF_CPU_KERNELS(PYRLHF_DECLARE)         \
+#define PYRLHF_NAMESPACE(isa)          \
+    namespace isa {                    \
+    PYRLHF_CPU_KERNELS(PYRLHF_DECLARE) \
     }
 PYRLHF_NAMESPACE(generic)
 PYRLHF_NAMESPACE(avx2)

@@ -1,6 +1,6 @@
 // PPO's clipped policy loss and clipped value loss: one pass over the tokens gives both losses, both gradients and the
-// statistics. Sums are taken over fixed blocks of ppo_block tokens, then over the blocks in order, in double: the bits do
-// not depend on the number of threads.
+// statistics. Sums are taken over fixed blocks of ppo_block tokens, then over the blocks in order, in double: the bits
+// do not depend on the number of threads.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -8,8 +8,14 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
+constexpr int run = 8;  // vectors that are summed in float before double takes over
+
 struct Sums {
     vf policy, value, kl, clipped, value_clipped, ratio, ratio_max;
+};
+
+struct Totals {
+    vd policy, value, kl, clipped, value_clipped, ratio;
 };
 
 struct Tokens {
@@ -17,8 +23,12 @@ struct Tokens {
 };
 
 PYRLHF_INLINE Tokens load_tokens(const PpoArrays& in, float weight, int64_t at) {
-    return {load(in.logprobs + at),   load(in.old_logprobs + at), load(in.advantages + at),
-            load(in.values + at),     load(in.old_values + at),   load(in.returns + at),
+    return {load(in.logprobs + at),
+            load(in.old_logprobs + at),
+            load(in.advantages + at),
+            load(in.values + at),
+            load(in.old_values + at),
+            load(in.returns + at),
             in.weights ? load(in.weights + at) : broadcast(weight)};
 }
 
@@ -30,9 +40,12 @@ PYRLHF_INLINE vf first_of(float x, int n) {
 
 // Tokens beyond n have weight 0 and harmless numbers.
 PYRLHF_INLINE Tokens load_last_tokens(const PpoArrays& in, float weight, int64_t at, int n) {
-    return {load_first(in.logprobs + at, n, 0),   load_first(in.old_logprobs + at, n, 0),
-            load_first(in.advantages + at, n, 0), load_first(in.values + at, n, 0),
-            load_first(in.old_values + at, n, 0), load_first(in.returns + at, n, 0),
+    return {load_first(in.logprobs + at, n, 0),
+            load_first(in.old_logprobs + at, n, 0),
+            load_first(in.advantages + at, n, 0),
+            load_first(in.values + at, n, 0),
+            load_first(in.old_values + at, n, 0),
+            load_first(in.returns + at, n, 0),
             in.weights ? load_first(in.weights + at, n, 0) : first_of(weight, n)};
 }
 
@@ -48,7 +61,8 @@ PYRLHF_INLINE vf kl_estimate(vf d, vf ratio) {
     return absolute(d) < 0.5f ? p * d * d : (ratio - 1.0f) - d;
 }
 
-PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& sums, vf& grad_logprob, vf& grad_value) {
+PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& sums, vf& grad_logprob,
+                              vf& grad_value) {
     const vf zero = {};
     const vf d = x.logprob - x.old_logprob;
     const vf ratio = exp(d);
@@ -77,16 +91,29 @@ PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& 
     sums.ratio_max = larger(sums.ratio_max, x.weight != 0.0f ? ratio : zero);
 }
 
-PYRLHF_INLINE void reduce(const Sums& sums, double* row) {
-    row[0] = sum(sums.policy);
-    row[1] = sum(sums.value);
-    row[2] = sum(sums.kl);
-    row[3] = sum(sums.clipped);
-    row[4] = sum(sums.value_clipped);
-    row[5] = sum(sums.ratio);
+// Empties the float sums into the totals; the largest ratio stays.
+PYRLHF_INLINE void fold(Totals& totals, Sums& sums) {
+    add_to(totals.policy, sums.policy);
+    add_to(totals.value, sums.value);
+    add_to(totals.kl, sums.kl);
+    add_to(totals.clipped, sums.clipped);
+    add_to(totals.value_clipped, sums.value_clipped);
+    add_to(totals.ratio, sums.ratio);
+    const vf ratio_max = sums.ratio_max;
+    sums = Sums{};
+    sums.ratio_max = ratio_max;
+}
+
+PYRLHF_INLINE void write_row(const Totals& totals, vf ratio_max, double* row) {
+    row[0] = sum(totals.policy);
+    row[1] = sum(totals.value);
+    row[2] = sum(totals.kl);
+    row[3] = sum(totals.clipped);
+    row[4] = sum(totals.value_clipped);
+    row[5] = sum(totals.ratio);
     row[6] = 0.0;
     for (int j = 0; j < W; ++j) {
-        const double r = sums.ratio_max[j];
+        const double r = static_cast<double>(ratio_max[j]);
         if (r > row[6] || r != r) row[6] = r;
     }
 }
@@ -94,19 +121,25 @@ PYRLHF_INLINE void reduce(const Sums& sums, double* row) {
 PYRLHF_INLINE void one_block(const PpoArrays& in, const PpoOptions& options, int64_t first, int64_t last,
                              float* grad_logprobs, float* grad_values, double* row) {
     Sums sums = {};
+    Totals totals = {};
     vf grad_logprob, grad_value;
     int64_t at = first;
-    for (; at + W <= last; at += W) {
-        add_tokens(load_tokens(in, options.weight, at), options, sums, grad_logprob, grad_value);
-        store(grad_logprobs + at, grad_logprob);
-        store(grad_values + at, grad_value);
+    while (at + W <= last) {
+        const int64_t end = at + run * W < last ? at + run * W : last;
+        for (; at + W <= end; at += W) {
+            add_tokens(load_tokens(in, options.weight, at), options, sums, grad_logprob, grad_value);
+            store(grad_logprobs + at, grad_logprob);
+            store(grad_values + at, grad_value);
+        }
+        fold(totals, sums);
     }
     if (const int left = static_cast<int>(last - at); left > 0) {
         add_tokens(load_last_tokens(in, options.weight, at, left), options, sums, grad_logprob, grad_value);
         store_first(grad_logprobs + at, grad_logprob, left);
         store_first(grad_values + at, grad_value, left);
+        fold(totals, sums);
     }
-    reduce(sums, row);
+    write_row(totals, sums.ratio_max, row);
 }
 
 }  // namespace

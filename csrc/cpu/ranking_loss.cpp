@@ -1,7 +1,7 @@
-// Pairwise ranking loss over groups of K answers of one prompt (Ouyang et al. 2022, eq. 1): the mean over a group's pairs of
-// softplus(-(s_better - s_worse)), then the mean over the groups that have a pair. Each answer i is compared with W answers
-// at a time; only pairs in which i ranks better count, so every pair is met once. Groups never share a sum until the end,
-// where they are added in order: the bits do not depend on the number of threads.
+// Pairwise ranking loss over groups of K answers of one prompt (Ouyang et al. 2022, eq. 1): the mean over a group's
+// pairs of softplus(-(s_better - s_worse)), then the mean over the groups that have a pair. Each answer i is compared
+// with W answers at a time; only pairs in which i ranks better count, so every pair is met once. Groups never share a
+// sum until the end, where they are added in order: the bits do not depend on the number of threads.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -53,13 +53,14 @@ PYRLHF_INLINE void one_group(const float* scores, const int32_t* ranks, int64_t 
 
 }  // namespace
 
-void ranking_loss(const float* scores, const int32_t* cu_groups, const int32_t* ranks, int64_t groups, float* grad_scores,
-                  float* loss, float* stats, double* scratch, int threads) {
+void ranking_loss(const float* scores, const int32_t* cu_groups, const int32_t* ranks, int64_t groups,
+                  float* grad_scores, float* loss, float* stats, double* scratch, int threads) {
     const bool alone = cu_groups[groups] < 2048;
 #pragma omp parallel for schedule(static) num_threads(alone ? 1 : threads)
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t first = cu_groups[g];
-        one_group(scores + first, ranks + first, cu_groups[g + 1] - first, grad_scores + first, scratch + g * ranking_sums);
+        one_group(scores + first, ranks + first, cu_groups[g + 1] - first, grad_scores + first,
+                  scratch + g * ranking_sums);
     }
     double losses = 0, correct = 0, pairs = 0, counted = 0;
     for (int64_t g = 0; g < groups; ++g) {

@@ -1,13 +1,14 @@
-// Sampling from rows of logits: temperature, top-k, top-p, min-p, and the log-prob under the distribution really drawn from.
+// Sampling from rows of logits: temperature, top-k, top-p, min-p, and the log-prob under the distribution really drawn
+// from.
 //
-// The draw is exact integer arithmetic, so every instruction set, thread count and the plain-PyTorch reference pick the same
-// token. With z = (logit - max) / temperature, a token weighs w = floor(e^z 2^40); e^z is a fixed sequence of float32
-// operations (this file is compiled without fused multiply-add; pyrlhf/ops/sample.py mirrors `weigh`). Weights sum exactly
-// in 64 bits, the Philox draw u of (seed, id, position) points at floor(u * sum), and the first token whose running sum
-// passes that point is the sample.
+// The draw is exact integer arithmetic, so every instruction set, thread count and the plain-PyTorch reference pick the
+// same token. With z = (logit - max) / temperature, a token weighs w = floor(e^z 2^40); e^z is a fixed sequence of
+// float32 operations (this file is compiled without fused multiply-add; pyrlhf/ops/sample.py mirrors `weigh`). Weights
+// sum exactly in 64 bits, the Philox draw u of (seed, id, position) points at floor(u * sum), and the first token whose
+// running sum passes that point is the sample.
 //
-// Order the tokens by logit, equal ones by id. Each filter keeps a prefix of that order, so all filters together are one
-// cut: the last kept (logit, id). A histogram of z finds the bin in which the cut lies; only that bin is sorted.
+// Order the tokens by logit, equal ones by id. Each filter keeps a prefix of that order, so all filters together are
+// one cut: the last kept (logit, id). A histogram of z finds the bin in which the cut lies; only that bin is sorted.
 #include <cmath>
 #include <cstdlib>
 
@@ -19,8 +20,8 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t chunk = 1024;         // tokens a partial sum; also bounds the int32 lanes in `Weights`
-constexpr int bins = 2048;              // of z in (-32, 0], 64 a unit; what lies below weighs nothing and shares the last
+constexpr int64_t chunk = 1024;  // tokens a partial sum; also bounds the int32 lanes in `Weights`
+constexpr int bins = 2048;       // of z in (-32, 0], 64 a unit; what lies below weighs nothing and shares the last
 constexpr float infinity = __builtin_inff();
 
 struct Cut {
@@ -277,8 +278,8 @@ PYRLHF_INLINE int64_t first_top(const Row<T>& row) {
 }
 
 template <typename T>
-PYRLHF_INLINE void sample_row(Row<T> row, const SampleOptions& options, uint64_t id, uint64_t position, Scratch& scratch,
-                              int64_t& token, float& logprob) {
+PYRLHF_INLINE void sample_row(Row<T> row, const SampleOptions& options, uint64_t id, uint64_t position,
+                              Scratch& scratch, int64_t& token, float& logprob) {
     const bool greedy = options.inverse_temperature == 0.0f;
     row.inverse = greedy ? 1.0f : options.inverse_temperature;
     const Cut cut = greedy ? Cut{} : find_cut(row, options, scratch);
@@ -302,7 +303,8 @@ int64_t sample_rows(const T* logits, const int64_t* ids, const int64_t* position
 #pragma omp parallel num_threads(alone ? 1 : threads) reduction(min : first_bad)
     {
         const int64_t chunks = vocab / chunk + 1;
-        const size_t bytes = bins * (sizeof(int64_t) + sizeof(uint32_t)) + static_cast<size_t>(chunks) * sizeof(int64_t) +
+        const size_t bytes = bins * (sizeof(int64_t) + sizeof(uint32_t)) +
+                             static_cast<size_t>(chunks) * sizeof(int64_t) +
                              2 * static_cast<size_t>(vocab) * sizeof(Candidate);
         char* memory = static_cast<char*>(malloc(bytes));  // untouched pages cost nothing where no filter is on
         Scratch scratch;

@@ -1,5 +1,5 @@
-// Vectors of the instruction set this file is compiled for, in the compiler's own vector types: one source for SSE2, AVX2,
-// AVX-512 and NEON. Everything lives in namespace pyrlhf::PYRLHF_ISA.
+// Vectors of the instruction set this file is compiled for, in the compiler's own vector types: one source for SSE2,
+// AVX2, AVX-512 and NEON. Everything lives in namespace pyrlhf::PYRLHF_ISA.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,8 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef float vf_half __attribute__((vector_size(2 * W)));
+typedef double vd __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
 
 #define PYRLHF_INLINE static inline __attribute__((always_inline))
@@ -67,6 +69,17 @@ PYRLHF_INLINE double sum(vf x) {
     for (int j = 0; j < W; ++j) out += static_cast<double>(x[j]);
     return out;
 }
+// Running sums in double, W / 2 lanes: float sums are folded in before their own rounding shows.
+PYRLHF_INLINE void add_to(vd& total, vf x) {
+    vf_half halves[2];
+    memcpy(halves, &x, sizeof(x));
+    total += __builtin_convertvector(halves[0], vd) + __builtin_convertvector(halves[1], vd);
+}
+PYRLHF_INLINE double sum(vd x) {
+    double out = 0;
+    for (int j = 0; j < W / 2; ++j) out += x[j];
+    return out;
+}
 PYRLHF_INLINE int64_t sum(vi x) {
     int64_t out = 0;
     for (int j = 0; j < W; ++j) out += x[j];
@@ -92,7 +105,8 @@ PYRLHF_INLINE vf shift_down(vf x, vf fill) {
 PYRLHF_INLINE vf round_small(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // e^x within 2 ulp; 0 and infinity beyond the float range, NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2: e^r by a degree-7 polynomial, 2^n applied in two factors so that it never overflows alone.
+// x = n ln 2 + r, |r| <= ln 2 / 2: e^r by a degree-7 polynomial, 2^n applied in two factors so that it never overflows
+// alone.
 PYRLHF_INLINE vf exp(vf x) {
     x = x < -104.0f ? broadcast(-104.0f) : x;
     x = x > 89.0f ? broadcast(89.0f) : x;

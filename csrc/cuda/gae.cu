@@ -1,9 +1,10 @@
 // Generalised advantage estimation on a GPU: one block a sequence, a reverse scan with a carry.
 //
-// The block walks its sequence from the end in chunks of threads * items tokens. A chunk is read coalesced and turned into
-// TD errors in shared memory; each thread scans its own `items` neighbours, a warp shuffle scan and one more over the warps
-// join them, and A of the chunk's first token is carried to the chunk before. The recurrence A_t = delta_t + c A_{t+1} has a
-// constant factor, so joining two runs needs only powers of c: no pairs are carried. The order of additions is fixed.
+// The block walks its sequence from the end in chunks of threads * items tokens. A chunk is read coalesced and turned
+// into TD errors in shared memory; each thread scans its own `items` neighbours, a warp shuffle scan and one more over
+// the warps join them, and A of the chunk's first token is carried to the chunk before. The recurrence A_t = delta_t +
+// c A_{t+1} has a constant factor, so joining two runs needs only powers of c: no pairs are carried. The order of
+// additions is fixed.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -25,11 +26,10 @@ constexpr int chunk = threads * items;
 __device__ __forceinline__ int padded(int i) { return i + i / 32; }
 
 // Index 0 is the chunk's LAST token: scans run forwards in memory and backwards in time.
-__global__ void __launch_bounds__(threads) gae_kernel(const float* __restrict__ rewards, const float* __restrict__ values,
-                                                       const int32_t* __restrict__ cu_seqlens,
-                                                       const float* __restrict__ bootstrap, float* __restrict__ advantages,
-                                                       float* __restrict__ returns, int64_t total, float gamma,
-                                                       float c) {
+__global__ void __launch_bounds__(threads)
+    gae_kernel(const float* __restrict__ rewards, const float* __restrict__ values,
+               const int32_t* __restrict__ cu_seqlens, const float* __restrict__ bootstrap,
+               float* __restrict__ advantages, float* __restrict__ returns, int64_t total, float gamma, float c) {
     __shared__ float shared[chunk + chunk / 32];
     __shared__ float warp_ends[warps];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(threads) gae_kernel(const float* __restrict__ 
 
 }  // namespace
 
-void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap, float* advantages,
-         float* returns, int64_t sequences, int64_t total, float gamma, float lam, void* stream) {
+void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,
+         float* advantages, float* returns, int64_t sequences, int64_t total, float gamma, float lam, void* stream) {
     if (sequences == 0) return;
     gae_kernel<<<static_cast<unsigned>(sequences), threads, 0, static_cast<cudaStream_t>(stream)>>>(
         rewards, values, cu_seqlens, bootstrap, advantages, returns, total, gamma, gamma * lam);

@@ -6,8 +6,8 @@
 namespace pyrlhf {
 namespace cuda {
 
-void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap, float* advantages,
-         float* returns, int64_t sequences, int64_t total, float gamma, float lam, void* stream);
+void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,
+         float* advantages, float* returns, int64_t sequences, int64_t total, float gamma, float lam, void* stream);
 
 }  // namespace cuda
 }  // namespace pyrlhf

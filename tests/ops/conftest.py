@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from pyrlhf.ops._core import core
 
 
 @pytest.fixture
@@ -59,3 +61,14 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def largest_tensor() -> type[LargestTensor]:
     return LargestTensor
+
+
+@pytest.fixture(params=["generic", "avx2", "avx512", "avx512_bf16"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once with each instruction set; those that this CPU or build lacks are skipped."""
+    if request.param not in core().isas_available():
+        pytest.skip(f"this CPU or build has no {request.param}")
+    before = core().isa()
+    core().set_isa(request.param)
+    yield request.param
+    core().set_isa(before)

@@ -1,0 +1,172 @@
+"""The core as a whole: instruction sets, threads, Philox, backend choice, and the checks every op shares."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyrlhf.ops._checks import check_cu_seqlens, check_number, check_tensor
+from pyrlhf.ops._core import core, use_core
+from pyrlhf.ops.sample import philox4x32_ref
+
+# Random123's known answers (kat_vectors): counter, key, result.
+PHILOX = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, timeout=120
+    )
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), PHILOX)
+def test_philox_gives_the_published_answers(counter: list[int], key: list[int], expected: list[int]) -> None:
+    assert core().philox4x32(counter, key) == expected
+    assert philox4x32_ref(torch.tensor(counter), (key[0], key[1])).tolist() == expected
+
+
+def test_the_best_instruction_set_is_the_default_and_generic_is_always_there() -> None:
+    assert core().isas_built()[0] == "generic"
+    assert set(core().isas_available()) <= set(core().isas_built())
+    result = run("from pyrlhf.ops._core import core; print(core().isa(), core().isas_available()[-1])", PYRLHF_ISA="")
+    assert result.returncode == 0, result.stderr
+    chosen, best = result.stdout.split()
+    assert chosen == best
+
+
+def test_an_instruction_set_is_forced_by_the_environment() -> None:
+    result = run("from pyrlhf.ops._core import core; print(core().isa())", PYRLHF_ISA="generic")
+    assert result.stdout.strip() == "generic", result.stderr
+
+
+def test_an_unknown_instruction_set_is_an_error_that_lists_the_known_ones() -> None:
+    result = run("from pyrlhf.ops._core import core; core()", PYRLHF_ISA="avx9000")
+    assert result.returncode != 0
+    assert "PYRLHF_ISA=avx9000" in result.stderr
+    assert "generic" in result.stderr
+
+
+def test_a_missing_instruction_set_is_an_error() -> None:
+    missing = set(core().isas_built()) - set(core().isas_available())
+    if not missing:
+        pytest.skip("this CPU has every instruction set of the build")
+    with pytest.raises(ValueError, match="does not have that instruction set"):
+        core().set_isa(missing.pop())
+
+
+THREADS = """
+import os, torch
+from pyrlhf import ops
+def tasks(): return len(os.listdir("/proc/self/task"))
+torch.set_num_threads({threads})
+cu = (torch.arange(513) * 512).int()
+x = torch.randn(512 * 512)
+torch.add(x, x)  # wakes torch's own pool
+torch.mm(torch.randn(256, 256), torch.randn(256, 256))
+before = tasks()
+ops.gae(x, x, cu)
+ops.ppo_loss(x, x, x, x, x, x)
+ops.sample(x.view(512, 512), cu[1:].long(), cu[1:].long(), seed=0)
+pools = {{line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line or "libomp" in line}}
+print(before, tasks(), len(pools))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_core_shares_torchs_threads_and_honours_set_num_threads(threads: int) -> None:
+    result = run(THREADS.format(threads=threads))
+    assert result.returncode == 0, result.stderr
+    before, after, pools = map(int, result.stdout.split())
+    assert pools == 1, "a second OpenMP runtime is loaded"
+    assert after == before, (
+        f"the core started {after - before} threads of its own with torch.set_num_threads({threads})"
+    )
+
+
+def test_set_num_threads_after_the_first_call_is_honoured() -> None:
+    code = """
+import os, torch
+from pyrlhf import ops
+torch.set_num_threads(1)
+x, cu = torch.randn(1 << 18), (torch.arange(257) * 1024).int()
+ops.gae(x, x, cu); one = len(os.listdir("/proc/self/task"))
+torch.set_num_threads(4)
+ops.gae(x, x, cu); print(len(os.listdir("/proc/self/task")) - one)
+"""
+    result = run(code, OMP_NUM_THREADS="1")
+    assert result.stdout.strip() == "3", result.stderr
+
+
+def test_the_backend_is_chosen_by_device_dtype_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert use_core(torch.zeros(1), None, torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32))
+    assert not use_core(torch.zeros(1, dtype=torch.float64))
+    assert not use_core(torch.zeros(1, device="meta"))
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    assert not use_core(torch.zeros(1))
+    monkeypatch.setenv("PYRLHF_BACKEND", "fast")
+    with pytest.raises(ValueError, match="PYRLHF_BACKEND"):
+        use_core(torch.zeros(1))
+
+
+def test_check_tensor_names_argument_expected_and_found() -> None:
+    t = torch.zeros(2, 3)
+    check_tensor("op", "x", t, shape=(2, None), dtype=torch.float32, device=t.device, contiguous=True)
+    with pytest.raises(TypeError, match=r"op: x must be a torch.Tensor, found list"):
+        check_tensor("op", "x", [1.0])
+    with pytest.raises(TypeError, match=r"op: x must be int32 or int64, found float32"):
+        check_tensor("op", "x", t, dtype=(torch.int32, torch.int64))
+    with pytest.raises(ValueError, match=r"op: x must have shape \[any, 4\], found \[2, 3\]"):
+        check_tensor("op", "x", t, shape=(None, 4))
+    with pytest.raises(ValueError, match=r"op: x must have shape \[any\], found \[2, 3\]"):
+        check_tensor("op", "x", t, shape=(None,))
+    with pytest.raises(ValueError, match=r"op: x must be on meta"):
+        check_tensor("op", "x", t, device=torch.device("meta"))
+    with pytest.raises(ValueError, match=r"op: x must be contiguous"):
+        check_tensor("op", "x", t.t(), contiguous=True)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "total", "message"),
+    [
+        ([], 0, "empty"),
+        ([1, 2], 2, r"cu\[0\] must be 0, found 1"),
+        ([0, 3, 2, 4], 4, "must not decrease, found 3 then 2 at index 2"),
+        ([0, 3], 4, "must end at the number of packed rows, 4, found 3"),
+        ([0, 5], 4, "found 5"),
+    ],
+)
+def test_check_cu_seqlens_names_what_is_broken(offsets: list[int], total: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_cu_seqlens("op", "cu", torch.tensor(offsets, dtype=torch.int32), total)
+
+
+def test_check_cu_seqlens_accepts_empty_sequences_and_refuses_other_dtypes() -> None:
+    check_cu_seqlens("op", "cu", torch.tensor([0], dtype=torch.int32), 0)
+    check_cu_seqlens("op", "cu", torch.tensor([0, 0, 4, 4], dtype=torch.int32), 4)
+    with pytest.raises(TypeError, match="int32"):
+        check_cu_seqlens("op", "cu", torch.tensor([0, 4]), 4)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, float("nan"), -1.0])
+def test_check_number_refuses_what_is_outside(value: float) -> None:
+    with pytest.raises(ValueError, match=r"op: p must be in \(0.0, 1.0\]"):
+        check_number("op", "p", value, low=0.0, high=1.0, low_open=True)
+
+
+def test_check_number_refuses_other_types() -> None:
+    for value in ("1", None, True):
+        with pytest.raises(TypeError, match="must be a number"):
+            check_number("op", "p", value, low=0.0, high=1.0)
