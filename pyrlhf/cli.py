@@ -83,18 +83,19 @@ def _without_launcher_words(words: Sequence[str]) -> list[str]:
 
 
 def _dotted_as_settings(words: Sequence[str]) -> list[str]:
-    """``--ppo.lr 1`` and ``--ppo.lr=1`` as ``ppo.lr=1``: no command has an option with a dot."""
+    """``ppo.lr=1`` and ``--ppo.lr 1`` as ``--ppo.lr=1``: no command has an option with a dot, and none takes it for RECIPE."""
     kept: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         key, equals, _ = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
-            kept.append(word)
-        elif equals or not rest or rest[0].startswith("--"):
-            kept.append(word[2:] if equals else word)
+        dotted = "." in key and key.replace(".", "").replace("_", "").isalnum()
+        if dotted and word.startswith("--") and not equals and rest and not rest[0].startswith("--"):
+            kept.append(f"{word}={rest.pop(0)}")
+        elif dotted and equals and not word.startswith("--") and not os.path.exists(word):
+            kept.append(f"--{word}")
         else:
-            kept.append(f"{key}={rest.pop(0)}")
+            kept.append(word)
     return kept
 
 

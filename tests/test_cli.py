@@ -1,0 +1,301 @@
+"""The command line: light imports, clear errors, and the commands on small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyrlhf import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "transformers", "deepspeed", "datasets", "matplotlib", "jsonargparse", "numpy", "rich")
+
+
+def python(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    whole = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=cwd, env=whole, timeout=240)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "import pyrlhf",
+        "import pyrlhf.cli",
+        "from pyrlhf.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass",
+    ],
+)
+def test_nothing_heavy_is_imported_early(work: str) -> None:
+    done = python("-c", f"import sys\n{work}\nprint('LOADED', sorted(set({HEAVY!r}) & set(sys.modules)))")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+# ---- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_launcher_words_are_dropped() -> None:
+    words = ["--local_rank=1", "run", "--local-rank", "0", "r.yaml", "--local-rank=3", "--local_rank", "2", "a.b=1"]
+    assert cli._without_launcher_words(words) == ["run", "r.yaml", "a.b=1"]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Replaces loading and running of recipes; keeps what they were called with."""
+    from pyrlhf import recipe
+
+    noted: dict[str, Any] = {}
+
+    class Loaded:
+        output = str(tmp_path / "out")
+
+    def load(path: Path, overrides: list[str]) -> Any:
+        noted.update(path=path, overrides=overrides)
+        return Loaded()
+
+    def run(_: Any, only: str | None, *, fresh: bool) -> None:
+        noted.update(only=only, fresh=fresh)
+        if "failure" in noted:
+            raise noted["failure"]
+
+    monkeypatch.setattr(recipe, "load_recipe", load)
+    monkeypatch.setattr(recipe, "run_recipe", run)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("words", "only", "fresh", "overrides"),
+    [
+        ("run r.yaml", None, False, []),
+        ("run r.yaml --stage ppo --fresh", "ppo", True, []),
+        ("ppo r.yaml ppo.lr=1e-5 seed=3", "ppo", False, ["ppo.lr=1e-5", "seed=3"]),
+        ("run r.yaml --ppo.lr 1e-5 --ppo.truncated_score -1 --ppo.clip=.1", None, False,
+         ["ppo.lr=1e-5", "ppo.truncated_score=-1", "ppo.clip=.1"]),
+        ("run --ppo.lr 1e-5 r.yaml --stage sft", "sft", False, ["ppo.lr=1e-5"]),
+        ("run ppo.lr=1e-5 r.yaml", None, False, ["ppo.lr=1e-5"]),
+        ("run r.yaml --seed 3 --output=x --fresh", None, True, ["seed=3", "output=x"]),
+        ("--local_rank=1 reward r.yaml sft.data.path=a=b", "reward", False, ["sft.data.path=a=b"]),
+    ],
+)  # fmt: skip
+def test_overrides(seen: dict[str, Any], words: str, only: str | None, fresh: bool, overrides: list[str]) -> None:
+    assert cli.main(words.split()) == 0
+    assert seen == {"path": Path("r.yaml"), "only": only, "fresh": fresh, "overrides": overrides}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("rnu r.yaml", "invalid choice: 'rnu'"),
+        ("run", "RECIPE"),
+        ("run r.yaml --stage dpo", "invalid choice: 'dpo'"),
+        ("run r.yaml extra", "unrecognized argument: extra"),
+        ("doctor seed=3", "unrecognized arguments: seed=3"),
+        ("eval", "WHAT"),
+        ("eval winrate a b", "--reward-model --labeller is required"),
+    ],
+)
+def test_wrong_words_exit_2(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words.split())
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_is_one_message_and_the_traceback_is_in_the_log(
+    seen: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen["failure"] = RuntimeError("the disk is full")
+    assert cli.main(["run", "r.yaml"]) == 1
+    said = capsys.readouterr().err
+    log = tmp_path / "out" / "log.txt"
+    assert said.splitlines() == ["error: the disk is full", f"The whole story is in {log}; --debug prints it."]
+    assert "Traceback" in log.read_text()
+    assert "the disk is full" in log.read_text()
+
+
+def test_debug_prints_the_traceback(seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    seen["failure"] = KeyError("x")
+    assert cli.main(["run", "r.yaml", "--debug"]) == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "error: KeyError: 'x'" in said
+
+
+def test_waiting_for_people_and_stopping_are_no_errors(
+    seen: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pyrlhf.rounds import RankingsNeeded
+
+    seen["failure"] = RankingsNeeded("rank this file")
+    assert cli.main(["run", "r.yaml"]) == 3
+    assert capsys.readouterr().err == "rank this file\n"
+    seen["failure"] = KeyboardInterrupt()
+    assert cli.main(["run", "r.yaml"]) == 130
+    assert "goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_a_mistake_in_a_recipe_exits_2_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("output: out\nstages: [sft]\nmodel: {path: m}\nsft:\n  epochz: 3\n")
+    done = python("-m", "pyrlhf", "run", "r.yaml", "sft.optimizer.lr=fast", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: r.yaml, line 5: unknown key `sft.epochz`; did you mean `sft.epochs`?\n"
+        "command line: `sft.optimizer.lr`: expected float, found 'fast'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_told_by_one_rank_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["run", str(tmp_path / "absent.yaml")]) == 2
+    assert capsys.readouterr().err == ""
+
+
+# ---- help -------------------------------------------------------------------------------------------------------------
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_of_run_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    from pyrlhf.recipe import Recipe
+    from pyrlhf.settings import known_settings
+
+    text = help_of("run", capsys)
+    known = known_settings(Recipe)
+    assert len(known) > 150
+    for key, setting in known.items():
+        assert f"{key} (" in text or f"{key}: " in text, key
+        assert setting.help, f"{key} has no docstring"
+
+
+def test_help_of_a_stage_keeps_to_its_section(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of("ppo", capsys)
+    assert "ppo.kl_coef (float; default 0.02)" in text
+    assert "sft.epochs" not in text
+    assert "--fresh" in text
+
+
+# ---- generate and eval ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small language model ``lm``, a reward model ``rm``, and files to use them on."""
+    from pyrlhf.data import Tokenizer
+    from pyrlhf.model import CausalLM, ModelConfig, ScalarModel
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = Tokenizer.train(["the cat sat on the mat and the dog ran"] * 9, 280)
+    shape = ModelConfig(
+        tokenizer.vocab_size, 16, 1, 2, max_positions=128, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
+    )
+    CausalLM(shape, seed=1).save_pretrained(folder / "lm", tokenizer=tokenizer)
+    ScalarModel(shape, seed=2).save_pretrained(folder / "rm", tokenizer=tokenizer)
+    (folder / "text.txt").write_text("the dog sat on the cat\n" * 5)
+    rankings = [
+        {"prompt": "the", "responses": [" cat", " dog", " mat"], "ranks": [1, 2, 2]},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    (folder / "rank.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rankings))
+    prompts = [{"prompt": "the cat"}, {"prompt": "the dog"}, {"messages": [{"role": "user", "content": "hello"}]}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    (folder / "grader.py").write_text("def length(prompt, responses):\n    return [len(r) for r in responses]\n")
+    return folder
+
+
+def test_generate_to_the_terminal(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(models / "lm"), "--prompt", "the cat", "--prompt", "the dog", "--max-new-tokens", "5"]
+    assert cli.main(words) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["prompt"] for row in rows] == ["the cat", "the dog"]
+    assert all(isinstance(row["response"], str) and row["finish"] in ("eos", "length") for row in rows)
+    assert cli.main(words) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+
+
+def test_generate_to_a_file(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "samples.jsonl"
+    words = [
+        "generate",
+        str(models / "lm"),
+        "--prompts",
+        str(models / "prompts.jsonl"),
+        "-n",
+        "3",
+        "--output",
+        str(out),
+    ]
+    assert cli.main([*words, "--max-new-tokens", "4"]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [len(row["responses"]) for row in rows] == [3, 3, 3]
+    assert rows[2]["messages"] == [{"role": "user", "content": "hello"}]
+    assert capsys.readouterr().out == f"3 prompts answered in {out}\n"
+
+
+def test_generate_needs_prompts_and_a_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", str(models / "lm")]) == 2
+    assert "give --prompts FILE or --prompt TEXT" in capsys.readouterr().err
+    assert cli.main(["generate", str(models), "--prompt", "x"]) == 2
+    assert "expected the folder of a model" in capsys.readouterr().err
+
+
+def numbers(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert cli.main([*words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_eval_perplexity(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "perplexity", str(models / "lm"), str(models / "text.txt")]
+    found = numbers(words, capsys)
+    vocabulary = json.loads((models / "lm" / "config.json").read_text())["vocab_size"]
+    assert found["perplexity"] == pytest.approx(vocabulary, rel=0.2)  # random weights know next to nothing
+    assert numbers([*words, "--context", "8", "documents=line"], capsys)["tokens"] != found["tokens"]
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.startswith("perplexity  ")
+    assert cli.main([*words, "documents=lines"]) == 2
+    assert "did you mean 'line'?" in capsys.readouterr().err
+
+
+def test_eval_reward_accuracy(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = numbers(["eval", "reward-accuracy", str(models / "rm"), str(models / "rank.jsonl")], capsys)
+    assert (found["pairs"], found["rankings"]) == (3, 2)
+    assert found["accuracy"] == pytest.approx((found["accuracy of K=2"] + 2 * found["accuracy of K=3"]) / 3)
+
+
+def test_eval_winrate_of_files_by_a_labeller(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(models))
+    for name, responses in (("a", ["long one", "x", "yy"]), ("b", ["short", "y", "zzz"])):
+        rows = [{"prompt": str(i), "response": response} for i, response in enumerate(responses)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["eval", "winrate", str(tmp_path / "a"), str(tmp_path / "b"), "--labeller", "grader:length"]
+    found = numbers(words, capsys)
+    assert (found["win rate of a"], found["wins"], found["ties"], found["losses"]) == (0.5, 1, 1, 1)
+    (tmp_path / "b").write_text(json.dumps({"prompt": "other", "response": "x"}) + "\n")
+    assert cli.main(words) == 2
+    assert "answer different prompts" in capsys.readouterr().err
+
+
+def test_eval_winrate_of_models_by_a_reward_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "winrate", str(models / "lm"), str(models / "lm"), "--reward-model", str(models / "rm")]
+    found = numbers([*words, "--prompts", str(models / "prompts.jsonl"), "--max-new-tokens", "6"], capsys)
+    assert (found["win rate of a"], found["ties"]) == (0.5, 3)  # the same model, seed and prompts
