@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument(
-        "--output", type=Path, default=Path("pyrlhf-demo"), help="folder of the results (default: %(default)s)"
+        "--output", type=Path, default=Path("runs/demo"), help="folder of the results (default: %(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0)
     _command(commands, "doctor", _doctor, "what this installation can do, and how to mend what is wrong")
@@ -263,12 +263,17 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _demo(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    if args.output.exists() and any(args.output.iterdir()) and not (args.output / "data").is_dir():
+        raise OSError(
+            f"{args.output}: the demo empties its folder, and this one was not made by it; choose another --output"
+        )
+
     def run() -> None:
         from pyrlhf import demo
 
         demo.main(quick=args.quick, device=args.device, output=args.output, seed=args.seed)
 
-    _logged(args.output / "log.txt", args.debug, run)
+    _logged(args.output.with_name(f"{args.output.name}.log"), args.debug, run)
     return OK
 
 

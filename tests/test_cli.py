@@ -163,6 +163,26 @@ def test_mistakes_are_told_by_one_rank_only(
     assert capsys.readouterr().err == ""
 
 
+# ---- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_passes_its_options_and_spares_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pyrlhf import demo
+
+    noted: dict[str, Any] = {}
+    monkeypatch.setattr(demo, "main", noted.update)
+    words = ["demo", "--quick", "--device", "cpu", "--seed", "5", "--output", str(tmp_path / "new")]
+    assert cli.main(words) == 0
+    assert noted == {"quick": True, "device": "cpu", "output": tmp_path / "new", "seed": 5}
+    noted.clear()
+    (tmp_path / "thesis.txt").write_text("do not lose")
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    assert not noted
+    assert "choose another --output" in capsys.readouterr().err
+
+
 # ---- help -------------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +16,10 @@ import pytest
 from pyrlhf import recipe as recipe_module
 from pyrlhf import rounds
 from pyrlhf.data import Tokenizer
+from pyrlhf.metrics import read_lines
 from pyrlhf.model import CausalLM, ModelConfig
 from pyrlhf.recipe import Recipe, RunError, load_recipe, plan, run_recipe
+from pyrlhf.report import last_numbers
 from pyrlhf.settings import SettingsError
 
 TEXT = "the cat sat on the mat and the dog ran to the red house\n" * 8
@@ -316,3 +321,77 @@ def test_the_plan_names_every_folder(folder: Path) -> None:
         "03-ppo",
         *[f"round-{r}/{name}" for r in (2, 3) for name in ("rank", "reward", "ppo")],
     ]
+
+
+# ---- the stages themselves ----------------------------------------------------------------------------------------------
+
+WHOLE = """stages: [pretrain, generate, sft, reward, ppo]
+engine: {device: cpu, tokens_per_microbatch: 512}
+pretrain: {data: {path: text.txt, documents: line}, context: 16, batch_size: 4, optimizer: {lr: 1e-3, warmup_steps: 0}}
+generate: {count: 6, held_out: 2, max_new_tokens: 6}
+sft: {data: {path: demo.jsonl}, epochs: 1, batch_size: 4}
+reward: {data: {path: rank.jsonl}, batch_size: 4}
+ppo:
+  prompts: {path: prompts.jsonl}
+  updates: 1
+  batch_size: 4
+  minibatches: 2
+  max_new_tokens: 5
+  ptx_coef: 1.0
+  ptx_data: {path: $output/02-generate/samples.jsonl, on_error: skip}
+  ptx_per_episode: 1
+"""
+
+
+@pytest.fixture
+def data(folder: Path) -> Path:
+    demos = [{"prompt": f"the cat {i}", "response": " sat on the mat"} for i in range(8)]
+    ranked = [
+        {"prompt": f"the {i}", "responses": [" cat sat", " dog", " red mat"], "scores": [3, 1, 2]} for i in range(8)
+    ]
+    for name, rows in (("demo", demos), ("rank", ranked)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_whole_pipeline_from_one_recipe(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_recipe(recipe(data, WHOLE))
+    for stage in ("01-pretrain", "03-sft", "05-ppo"):
+        assert CausalLM.from_pretrained(out / stage / "model").config.hidden_size == 16
+        lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
+        assert lines
+        assert all(line["stage"] == stage[3:] and "nonfinite" not in line for line in lines)
+    assert len((out / "02-generate" / "samples.jsonl").read_text().splitlines()) == 4
+    assert "reward" in last_numbers(read_lines(out / "05-ppo" / "metrics.jsonl"))
+    page = (out / "report.html").read_text()
+    assert "05-ppo" in page
+    assert "ptx_per_episode: 1" in page
+    capsys.readouterr()
+    run_recipe(recipe(data, WHOLE))
+    said = capsys.readouterr().out
+    assert said.count("finished before") == 5
+
+
+def test_the_deepspeed_launcher(data: Path) -> None:
+    """Two ranks by ``deepspeed --num_gpus 2 --module pyrlhf`` on the CPU train what one rank trains."""
+    alone = run_recipe(recipe(data, WHOLE, f"output={data / 'alone'}"), "pretrain")
+    (data / "run.yaml").write_text(BASE + WHOLE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "deepspeed.launcher.runner", "--master_port", str(port), "--num_gpus", "2", "--module", "pyrlhf"]
+    paths = os.pathsep.join([str(Path(recipe_module.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *launcher, "run", "run.yaml", "--stage", "pretrain", "--seed", "0"],
+        cwd=data,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (read_lines(out / "01-pretrain" / "metrics.jsonl") for out in (alone, data / "out"))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+    ours = [line for line in done.stdout.splitlines() if not line.startswith("[20")]
+    assert ours[0].startswith("pretrain: starting in")
+    assert len(ours) < 10, ours
