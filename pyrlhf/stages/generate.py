@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyrlhf.data import DataConfig, LengthRule, Tokenizer, shard
-from pyrlhf.engine import EngineConfig, init_world
+from pyrlhf.engine import EngineConfig, HybridEngine, init_world
 from pyrlhf.metrics import Metrics
 from pyrlhf.model import CausalLM
-from pyrlhf.rollout import Generator, Sampling
+from pyrlhf.rollout import Sampling
 from pyrlhf.stages.inputs import load_prompts
 
 
@@ -71,14 +71,13 @@ def write_samples(
     world = init_world(engine)
     rule = LengthRule(config.max_prompt_tokens, config.too_long, config.keep)
     prompts = load_prompts(config.prompts, tokenizer, rule, metrics) if config.prompts.path else [tokenizer.encode_prompt("")]
-    policy = CausalLM.from_pretrained(config.model or model, dtype=engine.torch_dtype, device=world.device)
-    generator = Generator(policy, max_batch=config.batch_size)
+    policy = HybridEngine(CausalLM.from_pretrained(config.model or model), engine, world=world, max_batch=config.batch_size)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed=seed)
     rows: list[dict[str, Any]] = []
     with metrics.progress(config.count, "sampling") as bar:
         for first in range(0, config.count, config.batch_size * world.size):
             ids = shard(range(first, min(first + config.batch_size * world.size, config.count)), world.rank, world.size)
-            rollouts = generator.generate([prompts[i % len(prompts)] for i in ids], sampling, sample_ids=ids)
+            rollouts = policy.generate([prompts[i % len(prompts)] for i in ids], sampling, sample_ids=ids)
             part = [_row(rollouts, i, prompts[id_ % len(prompts)], tokenizer) for i, id_ in enumerate(ids)]
             everyone = [row for rank in world.gather(part) for row in rank]
             rows += everyone

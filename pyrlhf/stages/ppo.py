@@ -394,11 +394,13 @@ class HeldOut:
 
     def begin(self) -> None:
         """Before the first step: how the start policy does. Kept in a file for a run that is resumed."""
+        numbers = self._perplexity()
         if self.prompts:
-            evaluation = Evaluation.run(self.actors, self.prompts, self.tokenizer)
-            if self.actors.world.is_main:
-                evaluation.save(self.folder / "start.json")
-        self.metrics.log(0, self._perplexity())
+            start = Evaluation.run(self.actors, self.prompts, self.tokenizer)
+            self._keep(start, "start")
+            numbers |= start.numbers(start)
+        self._write({"start": numbers})
+        self.metrics.log(0, {f"eval/{name}": value for name, value in numbers.items()})
 
     def every(self, done: int) -> None:
         if self.config.eval_every and done % self.config.eval_every == 0 and done < self.config.updates:
@@ -406,13 +408,26 @@ class HeldOut:
 
     def end(self) -> None:
         """After the last step: evaluation.json, and start and trained answers side by side."""
-        table = {"policy": self._compare("policy")}
+        table = json.loads(self.path.read_text(encoding="utf-8")) | {"policy": self._compare("policy")}
         if self.ema is not None:
             with self.ema.swapped():
                 table["ema"] = self._compare("ema")
-        self.metrics.log(self.config.updates, {f"final/{who}/{k}": v for who, row in table.items() for k, v in row.items()})
+        self.metrics.log(self.config.updates, {f"eval/{name}": value for name, value in table["policy"].items()})
+        self._write(table)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    def _write(self, table: dict[str, dict[str, float]]) -> None:
         if self.actors.world.is_main:
-            (self.folder / "evaluation.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+            self.path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        self.actors.world.barrier()
+
+    def _keep(self, evaluation: Evaluation, who: str) -> None:
+        if self.actors.world.is_main:
+            evaluation.save(self.folder / f"{who}.json")
+        self.actors.world.barrier()
 
     def _compare(self, who: str) -> dict[str, float]:
         numbers = self._perplexity()
@@ -420,8 +435,7 @@ class HeldOut:
             return numbers
         start = Evaluation.load(self.folder / "start.json")
         now = Evaluation.run(self.actors, self.prompts, self.tokenizer)
-        if self.actors.world.is_main:
-            now.save(self.folder / f"{who}.json")
+        self._keep(now, who)
         pairs = zip(start.prompts, start.responses, start.scores, now.responses, now.scores, strict=True)
         names = ("prompt", "start", "start score", who, f"{who} score")
         self.metrics.samples(self.actors.policy.steps, [dict(zip(names, pair, strict=True)) for pair in pairs][:8])
