@@ -8,8 +8,8 @@ BLAS picks its order of summation by shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ def linear_logprob(
     targets: int64 ``[N]`` in 0..V-1; temperature > 0.
 
     Returns ``(logprob [N], entropy [N])`` float32, in nats; differentiable in hidden, weight and bias through both.
-    Products and sums are float32, the weight's gradient too until its last rounding. Beside inputs, outputs and their
-    gradients (float32 for hidden's), holds at most 64 MiB, whatever N and V (for D <= 32768). A row's bits do not depend on the other rows.
+    Products and sums are float32, the weight's gradient too until its last rounding. Beside the inputs, the outputs and the
+    gradients (hidden's in float32), it holds at most 64 MiB whatever N and V are, for D <= 32768. Of one number of threads,
+    a row's bits do not depend on the other rows.
     Raises ValueError or TypeError naming the argument.
     """
     _check(hidden, weight, targets, bias, temperature)
@@ -122,33 +123,54 @@ def _in_chunk(targets: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, targets - start, 0)[:, None]
 
 
+class _Running(NamedTuple):
+    """What is known of each row after some chunks of the vocabulary; z are its logits so far, m their maximum."""
+
+    highest: Tensor  # m
+    total: Tensor  # sum of exp(z - m)
+    weighted: Tensor  # sum of exp(z - m) * (z - m)
+    picked: Tensor  # the target's z
+
+    def add(self, at: slice, logits: Tensor, inside: Tensor, column: Tensor) -> None:
+        """Joins one slab of logits ``[ROWS, C]``, which it overwrites."""
+        highest, total, weighted, picked = (x[at] for x in self)  # views: written in place
+        picked.copy_(torch.where(inside, logits.gather(1, column)[:, 0], picked))
+        now = torch.maximum(highest, logits.amax(1))
+        step = highest - now
+        shrink = step.exp()
+        exps = logits.sub_(now[:, None]).exp()
+        # the sums so far move to the new maximum: weighted first, it needs the old total
+        weighted.add_(step * total).mul_(shrink)
+        total.mul_(shrink).add_(exps.sum(1))
+        weighted.add_(exps.mul_(logits).sum(1))
+        highest.copy_(now)
+
+
 def _forward_impl(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_targets(targets, weight.shape[0])
     rows, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     ids = _padded(targets, 0, torch.int64)
-    highest = torch.full(ids.shape, _LOWEST, dtype=wide, device=hidden.device)
-    total, weighted, picked = (torch.zeros(ids.shape, dtype=wide, device=hidden.device) for _ in range(3))
+    state = _Running(*(torch.zeros(ids.shape, dtype=wide, device=hidden.device) for _ in range(4)))
+    state.highest.fill_(_LOWEST)
     for start, end in _chunks(weight):
         chunk, offset = weight[start:end].to(wide), None if bias is None else bias[start:end].to(wide)
         for at, block in _blocks(hidden, wide):
-            logits = _logits(block, chunk, offset, temperature)
-            inside, column = _in_chunk(ids[at], start, end)
-            picked[at] = torch.where(inside, logits.gather(1, column)[:, 0], picked[at])
-            before = highest[at]
-            now = torch.maximum(before, logits.amax(1))
-            shrink = (before - now).exp_()
-            logits -= now[:, None]
-            exps = logits.exp()
-            # weighted = sum of exp(z - m) * (z - m): moved to the new maximum, then the chunk's own part
-            weighted[at] = shrink * (weighted[at] + (before - now) * total[at]) + exps.mul(logits).sum(1)
-            total[at] = shrink * total[at] + exps.sum(1)
-            highest[at] = now
-    log_total = total.log()
-    logprob = (picked - highest) - log_total
-    entropy = log_total - weighted / total
-    return logprob[:rows].clone(), entropy[:rows].clone(), (highest + log_total)[:rows].clone()
+            state.add(at, _logits(block, chunk, offset, temperature), *_in_chunk(ids[at], start, end))
+    log_total = state.total.log()
+    logprob = (state.picked - state.highest) - log_total
+    entropy = log_total - state.weighted / state.total
+    return logprob[:rows].clone(), entropy[:rows].clone(), (state.highest + log_total)[:rows].clone()
+
+
+def _grad_logits(logits: Tensor, rows: Sequence[Tensor], inside: Tensor, column: Tensor) -> Tensor:
+    """The gradient of one slab of logits, in its place: onehot - p for the log-prob, -p * (log p + entropy) for the entropy."""
+    lse, entropy, by_logprob, by_entropy = rows  # [ROWS, 1]
+    logp = logits.sub_(lse)
+    p = logp.exp()
+    grad = logp.add_(entropy).mul_(by_entropy).add_(by_logprob).mul_(p).neg_()
+    return grad.scatter_add_(1, column, torch.where(inside[:, None], by_logprob, 0.0))
 
 
 def _backward_impl(
@@ -164,9 +186,9 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, device = lse.dtype, hidden.device
     ids = _padded(targets, 0, torch.int64)
-    # rows that only fill the last block: weight 0, and probabilities that stay finite
-    by_logprob, by_entropy, h = (_padded(x, 0.0, wide)[:, None] for x in (grad_logprob, grad_entropy, entropy))
-    norm = _padded(lse, -_LOWEST, wide)[:, None]
+    # rows that only fill the last block: no gradient, and probabilities that stay finite
+    fills = ((lse, -_LOWEST), (entropy, 0.0), (grad_logprob, 0.0), (grad_entropy, 0.0))
+    columns = [_padded(x, fill, wide)[:, None] for x, fill in fills]
     grad_hidden = torch.zeros((len(ids), hidden.shape[1]), dtype=wide, device=device)
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     grad_bias = torch.zeros(weight.shape[0], dtype=wide, device=device)
@@ -174,17 +196,14 @@ def _backward_impl(
         chunk, offset = weight[start:end].to(wide), None if bias is None else bias[start:end].to(wide)
         own = torch.zeros(chunk.shape, dtype=wide, device=device)
         for at, block in _blocks(hidden, wide):
-            logp = _logits(block, chunk, offset, temperature).sub_(norm[at])
-            p = logp.exp()
-            # d logprob / dz = onehot - p;  d entropy / dz = -p * (log p + entropy)
-            grad = logp.add_(h[at]).mul_(by_entropy[at]).add_(by_logprob[at]).mul_(p).neg_()
-            inside, column = _in_chunk(ids[at], start, end)
-            grad.scatter_add_(1, column, torch.where(inside[:, None], by_logprob[at], 0.0))
+            grad = _logits(block, chunk, offset, temperature)
+            grad = _grad_logits(grad, [x[at] for x in columns], *_in_chunk(ids[at], start, end))
             if temperature != 1.0:
                 grad.div_(temperature)
             grad_hidden[at].addmm_(grad, chunk)
             own.addmm_(grad.t(), block)
             grad_bias[start:end] += grad.sum(0)
+            del grad  # before the next slab is made
         grad_weight[start:end] = own
     return grad_hidden[: len(hidden)].to(hidden.dtype).contiguous(), grad_weight, grad_bias.to(weight.dtype)
 

@@ -100,7 +100,9 @@ def test_equals_the_last_row_of_attention():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 33), (3, 3, 1), (4, 2, 16), (5, 1, 13), (4, 4, 64), (2, 2, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(1, 1, 33), (3, 3, 1), (4, 2, 16), (5, 1, 13), (4, 4, 64), (2, 2, 8)]
+)
 def test_bits_do_not_depend_on_other_rows_or_on_pages(heads, kv_heads, dim, dtype):
     lengths = [*LENGTHS, 66, 70, 128, 129, 2]
     case = Case(lengths, heads, kv_heads, dim, dtype=dtype)

@@ -158,22 +158,22 @@ rows, dim, vocabulary = 2048, 32, 50257
 hidden = torch.randn(rows, dim).requires_grad_()
 weight = torch.randn(vocabulary, dim).requires_grad_()
 targets = torch.randint(0, vocabulary, (rows,))
-def step(n):
-    logprob, entropy = linear_logprob(hidden[:n], weight, targets[:n])
+def step(hidden, weight, targets):
+    logprob, entropy = linear_logprob(hidden, weight, targets)
     (logprob.sum() + entropy.sum()).backward()
 weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
-torch.randn(512, 512) @ torch.randn(512, 512)
+step(hidden[:256], weight[:500], targets[:256] % 500)  # code is paged in
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step(rows)
+step(hidden, weight, targets)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
 def test_peak_memory_of_a_step():
-    """412 MB of logits would be needed; 64 MiB, the weight's gradient and the allocator's slack are allowed."""
+    """The logits alone would be 393 MiB; the contract's 64 MiB and the gradients are allowed."""
     out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     gradients = (50257 * 32 + 2048 * 32) * 4 / 2**20
-    assert float(out.stdout) <= 64 + 2 * gradients + 16
+    assert float(out.stdout) <= 64 + gradients
 
 
 def test_torch_library(values_and_grads):

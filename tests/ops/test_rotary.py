@@ -66,7 +66,7 @@ def test_any_shape_keeps_lengths(tokens, half, rest):
 def test_products_depend_on_the_distance_only():
     q, k, _, inv_freq = inputs(1, 16, 8)
 
-    def score(i: int, j: int) -> Tensor:  # fmt: skip
+    def score(i: int, j: int) -> Tensor:
         turned_q, _ = rotary(q, k, torch.tensor([i]), inv_freq)
         _, turned_k = rotary(q, k, torch.tensor([j]), inv_freq)
         return (turned_q[:, :2] * turned_k).sum(-1)
