@@ -1,0 +1,61 @@
+"""sample on 32 rows of GPT-2's vocabulary, against torch's softmax, sort and multinomial as generation loops use them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from common import Candidate, report
+from torch import Tensor
+
+from pyrlhf import ops
+
+CASES: dict[str, dict[str, Any]] = {
+    "temperature 0.7": {"temperature": 0.7},
+    "top-k 50": {"top_k": 50},
+    "top-p 0.9": {"top_p": 0.9},
+    "greedy": {"temperature": 0},
+}
+
+
+def torch_sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Filters as masks of -inf, then softmax and multinomial, then the log-prob of what was drawn."""
+    if temperature == 0:
+        tokens = logits.argmax(1)
+        return tokens, logits.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k, 1).values[:, -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(1, descending=True)
+        probabilities = ordered.softmax(1)
+        drop = probabilities.cumsum(1) - probabilities >= top_p
+        logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), -torch.inf)
+    logprobs = logits.log_softmax(1)
+    tokens = torch.multinomial(logprobs.exp(), 1)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def main(rows: int = 32, vocab: int = 50_257) -> None:
+    torch.manual_seed(0)
+    logits, ids = 3 * torch.randn(rows, vocab), torch.arange(rows)
+    for name, options in CASES.items():
+        report(
+            "sample",
+            f"{rows} x {vocab}, float32, {name}",
+            {
+                "pyrlhf": Candidate(lambda o=options: ops.sample(logits, ids, ids, seed=0, **o), 4 * logits.numel()),
+                "sample_ref (torch)": Candidate(
+                    lambda o=options: ops.sample_ref(logits, ids, ids, seed=0, **o), 4 * logits.numel()
+                ),
+                "softmax, sort, multinomial": Candidate(
+                    lambda o=options: torch_sample(logits, **o), 4 * logits.numel()
+                ),
+            },
+            ours="pyrlhf",
+            rounds=20,
+        )
+
+
+if __name__ == "__main__":
+    main()

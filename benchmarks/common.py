@@ -1,0 +1,135 @@
+"""What every benchmark shares: interleaved timing, the machine's own copy speed measured in the same run, a table, a JSON file.
+
+Candidates take turns, so that a slow minute of the machine hits all of them; ratios of one run are what counts. Every result
+is judged against the machine: bytes (or operations) a second, and the share of the speed at which this machine copies memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pyrlhf.ops._core import core
+
+RESULTS = Path(__file__).resolve().parent / "results"
+COPY = "copy (the machine's limit)"
+
+
+@dataclass
+class Candidate:
+    """One way of doing the work. bytes: read plus written by a perfect implementation; flops: of one run."""
+
+    run: Callable[[], object]
+    bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class Timing:
+    """Milliseconds a run: median, the 20th and 80th percentile as its spread, and the best."""
+
+    median: float
+    low: float
+    high: float
+    best: float
+
+
+def measure(candidates: dict[str, Candidate], rounds: int = 30, budget: float = 60.0) -> dict[str, Timing]:
+    """Times the candidates and a memory copy in turn, for ``rounds`` rounds or until ``budget`` seconds are spent (5 at least)."""
+    candidates = {**candidates, COPY: memory_copy()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for candidate in candidates.values():
+        candidate.run()
+    began = time.perf_counter()
+    for turn in range(rounds):
+        if turn >= 5 and time.perf_counter() - began > budget:
+            break
+        for name, candidate in candidates.items():
+            samples[name].append(once(candidate.run))
+    return {name: summary(times) for name, times in samples.items()}
+
+
+def once(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def summary(times: list[float]) -> Timing:
+    low, *_, high = statistics.quantiles(times, n=5)
+    return Timing(statistics.median(times), low, high, min(times))
+
+
+def memory_copy(megabytes: int = 64) -> Candidate:
+    source = torch.ones(megabytes << 18)
+    target = torch.empty_like(source)
+    return Candidate(lambda: target.copy_(source), bytes=2 * 4 * source.numel())
+
+
+def report(op: str, case: str, candidates: dict[str, Candidate], ours: str, **options: float) -> dict[str, Timing]:
+    """Measures, prints the table and writes it to ``results/<machine>.json`` under ``op`` and ``case``."""
+    timings = measure(candidates, **options)  # type: ignore[arg-type]
+    every = {**candidates, COPY: memory_copy()}
+    copied = every[COPY].bytes / timings[COPY].median
+    rows = [row(name, timings[name], every[name], copied, timings[ours].median) for name in timings]
+    show(op, case, rows)
+    save(op, case, rows)
+    return timings
+
+
+def row(name: str, timing: Timing, candidate: Candidate, copied: float, ours: float) -> dict[str, object]:
+    per_ms = 1 / timing.median
+    return {
+        "way": name,
+        **{f"{key}_ms": round(value, 4) for key, value in asdict(timing).items()},
+        "gb_s": round(candidate.bytes * per_ms * 1e-6, 2) if candidate.bytes else None,
+        "gflop_s": round(candidate.flops * per_ms * 1e-6, 2) if candidate.flops else None,
+        "share_of_copy": round(candidate.bytes * per_ms / copied, 3) if candidate.bytes else None,
+        "times_ours": round(timing.median / ours, 2),
+    }
+
+
+def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
+    table = Table(title=f"{op}: {case} ({machine()}, {torch.get_num_threads()} threads)", title_justify="left")
+    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", "of copy", "x ours"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for r in rows:
+        cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"], r["share_of_copy"]]
+        table.add_row(*("" if cell is None else str(cell) for cell in (*cells, r["times_ours"])))
+    Console(width=140).print(table)
+
+
+def save(op: str, case: str, rows: list[dict[str, object]]) -> None:
+    """Merges these rows into the machine's file: other ops and cases stay."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{machine()}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "ops": {}}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    kept["ops"].setdefault(op, {})[case] = {
+        "threads": torch.get_num_threads(),
+        "isa": core().isa(),
+        **versions,
+        "rows": rows,
+    }
+    kept["ops"] = dict(sorted(kept["ops"].items()))
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def machine() -> str:
+    """A name for this kind of machine: processor, cores, best instruction set."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    words = re.findall(r"[a-z0-9]+", (found.group(1) if found else platform.machine()).lower())
+    brand = [w for w in words if w not in ("r", "tm", "cpu", "processor", "core", "amd", "intel", "with", "ghz")][:2]
+    return "-".join([*brand, f"{os.cpu_count()}core", core().isas_available()[-1]])
