@@ -14,7 +14,7 @@ What some well-known layouts need (each is a test)::
 
     {path: input.txt, documents: paragraph}                                            # plain text: file | paragraph | line
     {path: stsa.fine.train.txt, format: labelled_lines}                                # "label sentence": K = classes
-    {path: kway_human.jsonl, on_error: skip,                                           # PandaLM, K answers, with ties
+    {path: kway_human.jsonl,                                                            # PandaLM, K answers, with ties
      fields: {prompt: "{instruction}\\n{input}", responses: "responses[].text", scores: "responses[].human_win_rate"}}
     {path: ranking_rm_zh.json, best_first: true,                                       # OpenAssistant, turns in history
      fields: {prompt: "{instruction}\\n{input}", history: history, responses: output}}
@@ -91,8 +91,9 @@ class Ranking:
     """K >= 2 answers to one prompt. ``ranks[k]`` is the place of ``responses[k]``: 0 best, equal places are ties.
 
     Identical answers with different ranks are kept: people do contradict themselves, and a pair of equal answers has a
-    gradient of zero. A ranking of ties only is kept too; it makes no pair.
-    Raises ValueError for fewer than two answers, an empty answer, unequal lengths or a rank that is not finite.
+    gradient of zero. A ranking of ties only is kept too; it makes no pair. An empty answer is what a model says that
+    ends at once, and people rank it like any other.
+    Raises ValueError for fewer than two answers, unequal lengths or a rank that is not finite.
     """
 
     prompt: str | Messages
@@ -106,7 +107,8 @@ class Ranking:
         if len(self.ranks) != len(self.responses):
             raise ValueError(f"{len(self.responses)} responses but {len(self.ranks)} ranks or scores")
         for k, response in enumerate(self.responses):
-            _check_text(f"responses[{k}]", response)
+            if not isinstance(response, str):
+                raise TypeError(f"responses[{k}]: expected text, found {_kind(response)}")
         object.__setattr__(self, "responses", tuple(self.responses))
         object.__setattr__(self, "ranks", dense_ranks(self.ranks))
 

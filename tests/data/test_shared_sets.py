@@ -10,7 +10,6 @@ import pytest
 
 from pyrlhf.data import (
     DataConfig,
-    MalformedRow,
     Message,
     read_demonstrations,
     read_prompts,
@@ -55,15 +54,14 @@ def test_pandalm(shared_data: Find) -> None:
         "responses": "responses[].text",
         "scores": "responses[].human_win_rate",
     }
-    with pytest.raises(MalformedRow, match=r"kway_human\.jsonl:5: responses\[6\] is empty"):
-        read_rankings(DataConfig(path, fields=fields))
-    rankings, counts = read_rankings(DataConfig(path, fields=fields, on_error="skip"))
-    assert counts.numbers() == {"rows": 170, "records": 162, "skipped": 8}
+    rankings, counts = read_rankings(DataConfig(path, fields=fields))
+    assert counts.numbers() == {"rows": 170, "records": 170, "skipped": 0}
     assert rankings[0].ranks == (0, 1, 1, 2)
     assert rankings[0].responses[0] == "If you have any questions, please let me know."
     assert str(rankings[0].prompt).endswith("unnecessary words.\nIf you have any questions about my rate or if you find it "
                                        "necessary to increase or decrease the scope for this project, please let me know.")  # fmt: skip
-    assert {len(r.responses) for r in rankings} == {2, 3, 4, 5, 6}, "those of K = 8 and 13 hold empty answers"
+    assert {len(r.responses) for r in rankings} == {2, 3, 4, 5, 6, 8, 13}
+    assert "" in rankings[4].responses, "a model that said nothing was ranked too"
     rows = [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
     kept = [rows[int(r.source.rsplit(":", 1)[1]) - 1] for r in rankings]
     assert sum(not row["input"] for row in kept) > 20
@@ -91,7 +89,7 @@ def test_oasst(shared_data: Find) -> None:
     assert shown[0].response.startswith("根据维基百科，\n布洛芬")
 
 
-@pytest.mark.parametrize(("name", "rows", "pairs"), [("helpful", 2354, 2341), ("harmless", 2312, 2303)])
+@pytest.mark.parametrize(("name", "rows", "pairs"), [("helpful", 2354, 2345), ("harmless", 2312, 2307)])
 def test_hh_rlhf(shared_data: Find, name: str, rows: int, pairs: int) -> None:
     path = str(shared_data("hh_rlhf") / f"{name}-base.test.jsonl.gz")
     rankings, counts = read_rankings(DataConfig(path, dialogue="human_assistant", on_error="skip"))
