@@ -1,6 +1,6 @@
 // Which instruction set runs: the best that this CPU has, unless one is forced.
-// Results never depend on the number of threads or on the run. Between instruction sets they may differ in the last bits
-// (vector width, fused multiply-add); only sample promises the same bits on all of them.
+// Results never depend on the number of threads or on the run. Between instruction sets they may differ in the last
+// bits (vector width, fused multiply-add); only sample promises the same bits on all of them.
 #pragma once
 
 #include <string>
