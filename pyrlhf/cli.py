@@ -19,14 +19,14 @@ OK, FAILED, MISUSED, WAITING, STOPPED = 0, 1, 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 waiting for people's rankings."""
-    words = _dotted_as_settings(_without_launcher_words(sys.argv[1:] if argv is None else argv))
-    parser = _parser()
-    args, rest = parser.parse_known_args(words)
-    if rest and not args.settings:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    overrides = _overrides(rest, parser)
+    args = argparse.Namespace(debug=False)
     try:
-        return int(args.command(args, overrides))
+        parser = _parser()
+        words = _dotted_as_settings(_without_launcher_words(sys.argv[1:] if argv is None else argv))
+        args, rest = parser.parse_known_args(words)
+        if rest and not args.settings:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        return int(args.command(args, _overrides(rest, parser)))
     except KeyboardInterrupt:
         return _tell("stopped; the same command goes on from the last checkpoint", STOPPED)
     except BrokenPipeError:

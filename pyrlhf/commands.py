@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,7 @@ Pairs = Sequence[tuple[str, list[str]]]
 
 
 def _labeller_scores(args: argparse.Namespace) -> Any:
+    sys.path.append(os.getcwd())  # a script's own folder stands there instead
     labeller = load_labeller(args.labeller)
     return lambda pairs: [[float(score) for score in labeller(prompt, responses)] for prompt, responses in pairs]
 

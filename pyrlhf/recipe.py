@@ -317,6 +317,7 @@ class _Run:
         if is_main_process():
             for folder in folders:
                 if (folder / "started.json").exists():
+                    say(f"removing {folder}")
                     shutil.rmtree(folder)
         self.world.barrier()
 
