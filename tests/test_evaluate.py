@@ -74,6 +74,11 @@ def test_reward_accuracy_over_all_pairs_and_by_k() -> None:
     assert found.rankings == 3
     assert found.accuracy == pytest.approx(sum(good for good, _ in each) / 6)
     assert found.by_k == {2: (each[1][0], 1), 3: (pytest.approx((each[0][0] + each[3][0]) / 5), 5)}
+    losses = []
+    for scores, ranking in zip(score_rankings(model, rankings()), rankings()):
+        margins = [a - b for a, i in zip(scores, ranking.ranks) for b, j in zip(scores, ranking.ranks) if i < j]
+        losses += [sum(math.log1p(math.exp(-m)) for m in margins) / len(margins)] if margins else []
+    assert found.loss == pytest.approx(sum(losses) / 3, rel=1e-5)
 
 
 def test_reward_accuracy_needs_a_pair() -> None:

@@ -7,14 +7,14 @@ communication and do not depend on the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyrlhf import ops
-from pyrlhf.data import PackedBatch, pack, share_by_tokens
+from pyrlhf.data import pack, share_by_tokens
 from pyrlhf.rlhf.kl import Estimator, kl_estimate
 from pyrlhf.rlhf.losses import Forward, response_rows, whiten
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 #: What becomes of a response that did not end within its budget: a fixed score, no place in the update, or the model's own score.
 Truncated = Literal["penalise", "drop", "score"]
 
+#: A field that a later step fills.
 _EMPTY = torch.empty(0)
 
 
@@ -40,8 +41,19 @@ class Responses:
         return len(self.sequences)
 
     @property
-    def lengths(self) -> list[int]:
-        return [len(sequence) for sequence in self.sequences]
+    def truncated(self) -> list[bool]:
+        """Which responses did not end by themselves."""
+        return [why == "length" for why in self.finish]
+
+    @property
+    def eos_rate(self) -> float:
+        """Share of the responses that ended by themselves."""
+        return 1.0 - sum(self.truncated) / len(self)
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens of all responses."""
+        return sum(logprobs.numel() for logprobs in self.sampled_logprobs)
 
     def select(self, indices: Sequence[int]) -> Responses:
         return Responses(*([getattr(self, f.name)[i] for i in indices] for f in fields(self)))
@@ -61,23 +73,32 @@ class Responses:
 
 @dataclass
 class Experience:
-    """S responses with R response tokens in all, packed. Who fills a field is said beside it."""
+    """Responses packed for training, with what every step of their making adds: T tokens, S responses, R response tokens in all."""
 
-    tokens: Tensor  # int64 [T]                     respond
-    positions: Tensor  # int64 [T]                  respond
-    cu_seqlens: Tensor  # int32 [S+1]               respond
-    rows: Tensor  # int64 [R], token before each response token    respond
-    cu_responses: Tensor  # int32 [S+1], into the [R] fields        respond
-    sampled_logprobs: Tensor  # float32 [R]         respond: as the sampler saw them
-    scores: Tensor  # float32 [S]                   score: the reward model's, or the fixed score of a truncated response
-    logprobs: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]      analyse: as training sees them, before the update
-    entropy: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       analyse
-    ref_logprobs: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]  analyse
-    values: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]        analyse
-    rewards: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       reward_tokens
-    advantages: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]    estimate_advantages
-    returns: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       estimate_advantages
-    weights: Tensor = field(default_factory=lambda: _EMPTY)  # float32 [R]       the update: each token's share of its minibatch
+    # filled by `assemble`
+    tokens: Tensor  # int64 [T], prompt and response of each
+    positions: Tensor  # int64 [T]
+    cu_seqlens: Tensor  # int32 [S+1]
+    rows: Tensor  # int64 [R], the packed index from which each response token is predicted
+    cu_responses: Tensor  # int32 [S+1], which of the R response tokens belong to which response
+    scores: Tensor  # float32 [S], as the reward model or function gave them
+    truncated: Tensor  # bool [S], the response did not end within its budget
+    sampled_logprobs: Tensor  # float32 [R], as the sampler saw them
+    # filled by `analyse`
+    logprobs: Tensor = _EMPTY  # float32 [R], of the policy as training sees it, before the update
+    entropy: Tensor = _EMPTY  # float32 [R], of the policy
+    ref_logprobs: Tensor = _EMPTY  # float32 [R]
+    values: Tensor = _EMPTY  # float32 [R]
+    # filled by `reward_tokens`
+    outcomes: Tensor = (
+        _EMPTY  # float32 [S], what the last token gets: the scores after truncation's penalty and the clip
+    )
+    rewards: Tensor = _EMPTY  # float32 [R]
+    # filled by `estimate_advantages`
+    advantages: Tensor = _EMPTY  # float32 [R]
+    returns: Tensor = _EMPTY  # float32 [R]
+    # filled by the update
+    weights: Tensor = _EMPTY  # float32 [R], each token's share of its minibatch
 
     def __len__(self) -> int:
         return self.cu_seqlens.numel() - 1
@@ -89,6 +110,7 @@ class Experience:
 
     @property
     def response_lengths(self) -> Tensor:
+        """int32 [S]"""
         return self.cu_responses.diff()
 
     @property
@@ -110,23 +132,27 @@ class Experience:
         response_index, cu_responses = _ranges(self.cu_responses, indices)
         shift = (cu_seqlens[:-1] - self.cu_seqlens[list(indices)]).long()
         shift = torch.repeat_interleave(shift, cu_responses.diff().long())
-        chosen = {"tokens": self.tokens[token_index], "positions": self.positions[token_index], "cu_seqlens": cu_seqlens}
-        chosen |= {"rows": self.rows[response_index] + shift, "cu_responses": cu_responses, "scores": self.scores[list(indices)]}
-        for f in fields(self):
-            if f.name not in chosen:
-                value = getattr(self, f.name)
-                chosen[f.name] = value[response_index] if value.numel() else value
-        return Experience(**chosen)
+        own = {"cu_seqlens": cu_seqlens, "rows": self.rows[response_index] + shift, "cu_responses": cu_responses}
+        which = dict.fromkeys(_OF_TOKENS, token_index) | dict.fromkeys(
+            _OF_RESPONSES, torch.tensor(list(indices)).long()
+        )
+        for name in (f.name for f in fields(self) if f.name not in own):
+            values = getattr(self, name)
+            own[name] = values[which.get(name, response_index)] if values.numel() else values
+        return Experience(**own)
 
-    @staticmethod
-    def idle() -> Experience:
+    @classmethod
+    def idle(cls) -> Experience:
         """Two tokens of weight 0: what a rank computes while others still have micro-batches."""
-        one, zero = torch.ones(1), torch.zeros(1)
         packed = pack([[0, 0]])
         rows, cu_responses = response_rows(packed.cu_seqlens, torch.tensor([1]))
-        return Experience(
-            packed.tokens, packed.positions, packed.cu_seqlens, rows, cu_responses, zero, zero, zero, zero, zero, zero, zero, zero, one, zero
-        )
+        place = {"tokens": packed.tokens, "positions": packed.positions, "cu_seqlens": packed.cu_seqlens}
+        place |= {"rows": rows, "cu_responses": cu_responses, "truncated": torch.zeros(1, dtype=torch.bool)}
+        return cls(**place, **{f.name: torch.zeros(1) for f in fields(cls) if f.name not in place})
+
+
+_OF_TOKENS = ("tokens", "positions")
+_OF_RESPONSES = ("scores", "truncated", "outcomes")
 
 
 def _ranges(cu: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -140,44 +166,58 @@ def _ranges(cu: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def over_ranks(
-    world: Any, sequences: Sequence[Sequence[int]], budget: int, evaluate: Callable[[PackedBatch, list[int]], Sequence[Any]]
+    world: Any, lengths: Sequence[int], budget: int, evaluate: Callable[[list[int]], Sequence[Any]]
 ) -> list[Any]:
-    """Evaluate every sequence once, shared by the ranks and packed by token budget; every rank gets all results, in order.
+    """Evaluate every item once, shared by the ranks in batches of at most `budget` tokens; every rank gets all results, in order.
 
     Args:
         world: this process's place among the ranks.
-        sequences: token ids, the same on every rank.
+        lengths: tokens of each item, the same on every rank.
         budget: tokens of one forward.
-        evaluate: (packed batch, indices of its sequences) -> one result for each of them.
+        evaluate: indices of a batch's items -> one result for each of them. With no indices it runs its models on anything, to
+            keep the other ranks company (ZeRO 3 communicates in every forward).
     """
     found: dict[int, Any] = {}
-    for indices in share_by_tokens([len(s) for s in sequences], budget, rank=world.rank, world_size=world.size):
-        results = evaluate(pack([sequences[i] for i in indices] or [[0, 0]]), indices)
-        found |= dict(zip(indices, results, strict=False))
+    for indices in share_by_tokens(lengths, budget, rank=world.rank, world_size=world.size):
+        found |= dict(zip(indices, evaluate(indices), strict=False))
     for part in world.gather(found):
         found |= part
-    return [found[i] for i in range(len(sequences))]
+    return [found[i] for i in range(len(lengths))]
 
 
-def score_responses(reward: Forward, responses: Responses, *, world: Any, budget: int, eos_id: int | None) -> Tensor:
-    """float32 [S]: the reward model's score, read at the end-of-sequence token (appended where a response stopped without it)."""
-    ended = [s if eos_id is None or s[-1] == eos_id else [*s, eos_id] for s in responses.sequences]
+def score_responses(
+    reward: Forward, responses: Responses, *, world: Any, budget: int, eos_id: int | None, context: int
+) -> Tensor:
+    """float32 [S]: the reward model's score, read at the end-of-sequence token.
 
-    def evaluate(batch: PackedBatch, _: list[int]) -> list[float]:
-        batch = batch.to(world.device)
+    A response that stopped without one gets it appended; where that passes the reward model's `context`, in place of its last token.
+    """
+    ended = [s if s[-1] == eos_id or eos_id is None else [*s[: context - 1], eos_id] for s in responses.sequences]
+
+    def evaluate(indices: list[int]) -> list[float]:
+        batch = pack([ended[i] for i in indices] or [[0]]).to(world.device)
         last = batch.cu_seqlens[1:].long() - 1
-        return reward(batch.tokens, batch.positions, batch.cu_seqlens, rows=last).float().tolist()
+        scores: Tensor = reward(batch.tokens, batch.positions, batch.cu_seqlens, rows=last)
+        return scores.tolist()
 
     with torch.no_grad():
-        return torch.tensor(over_ranks(world, ended, budget, evaluate), dtype=torch.float32)
+        return torch.tensor(over_ranks(world, list(map(len, ended)), budget, evaluate), dtype=torch.float32)
 
 
 def assemble(responses: Responses, scores: Tensor) -> Experience:
     """Pack responses and their scores into an Experience whose other fields are still empty."""
     packed = pack(responses.sequences)
     rows, cu_responses = response_rows(packed.cu_seqlens, torch.tensor(responses.prompt_lengths))
-    sampled = torch.cat(responses.sampled_logprobs).float()
-    return Experience(packed.tokens, packed.positions, packed.cu_seqlens, rows, cu_responses, sampled, scores)
+    return Experience(
+        tokens=packed.tokens,
+        positions=packed.positions,
+        cu_seqlens=packed.cu_seqlens,
+        rows=rows,
+        cu_responses=cu_responses,
+        scores=scores,
+        truncated=torch.tensor(responses.truncated),
+        sampled_logprobs=torch.cat(responses.sampled_logprobs).float(),
+    )
 
 
 def analyse(
@@ -192,18 +232,17 @@ def analyse(
 ) -> Experience:
     """Log-probs and entropy of the policy, log-probs of the reference and values of the critic at every response token."""
 
-    def evaluate(batch: PackedBatch, indices: list[int]) -> list[Tensor]:
+    def evaluate(indices: list[int]) -> list[Tensor]:
         part = (experience.select(indices) if indices else Experience.idle()).to(world.device)
         place = (part.tokens, part.positions, part.cu_seqlens)
         logprobs, entropy = policy(*place, rows=part.rows, targets=part.targets, temperature=temperature)
         ref_logprobs, _ = reference(*place, rows=part.rows, targets=part.targets, temperature=temperature)
         values = critic(*place, rows=part.rows)
-        seen = torch.stack([logprobs, entropy, ref_logprobs, values.float()]).cpu()
+        seen = torch.stack([logprobs, entropy, ref_logprobs, values]).cpu()
         return list(seen.split(part.response_lengths.tolist(), dim=1))
 
-    sequences = [s.tolist() for s in experience.tokens.split(experience.lengths)]
     with torch.no_grad():
-        seen = torch.cat(over_ranks(world, sequences, budget, evaluate), dim=1)
+        seen = torch.cat(over_ranks(world, experience.lengths, budget, evaluate), dim=1)
     logprobs, entropy, ref_logprobs, values = seen.unbind(0)
     return replace(experience, logprobs=logprobs, entropy=entropy, ref_logprobs=ref_logprobs, values=values)
 
@@ -213,15 +252,28 @@ def reward_tokens(
     *,
     kl_coef: float,
     estimator: Estimator = "k1",
+    truncated_score: float | None = None,
     reward_clip: float | None = None,
     whiten_rewards: bool = False,
 ) -> Experience:
-    """-β·KL at every response token, plus the score at its last (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2)."""
+    """-β·KL at every response token, plus the outcome at its last (Ziegler et al. 2019, eq. 2; Ouyang et al. 2022, eq. 2).
+
+    Args:
+        experience: analysed responses.
+        kl_coef: β.
+        estimator: of the KL a token.
+        truncated_score: outcome of a truncated response; None gives it its score.
+        reward_clip: scores are clipped to ± this; None: not.
+        whiten_rewards: scale the rewards of all tokens to unit variance without moving their mean.
+    """
+    outcomes = experience.scores if reward_clip is None else experience.scores.clamp(-reward_clip, reward_clip)
+    if truncated_score is not None:
+        outcomes = torch.where(experience.truncated, truncated_score, outcomes)
     rewards = -kl_coef * kl_estimate(experience.logprobs, experience.ref_logprobs, estimator)
-    scores = experience.scores if reward_clip is None else experience.scores.clamp(-reward_clip, reward_clip)
-    answered = experience.response_lengths > 0
-    rewards[experience.cu_responses[1:][answered].long() - 1] += scores[answered]
-    return replace(experience, rewards=whiten(rewards, shift_mean=False) if whiten_rewards else rewards)
+    rewards[experience.cu_responses[1:].long() - 1] += outcomes
+    return replace(
+        experience, outcomes=outcomes, rewards=whiten(rewards, shift_mean=False) if whiten_rewards else rewards
+    )
 
 
 def estimate_advantages(experience: Experience, *, gamma: float = 1.0, lam: float = 0.95) -> Experience:

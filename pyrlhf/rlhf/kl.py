@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,28 +39,31 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator = "
     raise ValueError(f"kl_estimate: estimator must be 'k1', 'k2' or 'k3', found {estimator!r}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class KLController:
-    """The coefficient β of the KL penalty: fixed, or steered towards a target KL per response.
+    """How the coefficient β of the KL penalty moves from update to update: not at all, or towards a target KL a response.
 
     Adaptive form (Ziegler et al. 2019, section 2.2): β ← β · (1 + clip(kl / target - 1, ±0.2) · episodes / horizon).
+
+    Args:
+        target: nats a response; None keeps β fixed.
+        horizon: episodes in which a clipped error moves β by a fifth.
     """
 
-    coef: float
     target: float | None = None
     horizon: int = 10_000
 
     def __post_init__(self) -> None:
-        if self.coef < 0:
-            raise ValueError(f"kl_coef must be at least 0, found {self.coef}")
-        if self.target is not None and self.target <= 0:
-            raise ValueError(f"kl_target must be positive nats a response (or null for a fixed coefficient), found {self.target}")
+        if self.target is not None and not self.target > 0:
+            raise ValueError(
+                f"kl_target: expected more than 0 nats a response (or null for a fixed coefficient), found {self.target}"
+            )
         if self.horizon < 1:
-            raise ValueError(f"kl_horizon must be at least 1 episode, found {self.horizon}")
+            raise ValueError(f"kl_horizon: expected at least 1 episode, found {self.horizon}")
 
-    def update(self, kl: float, episodes: int) -> None:
-        """Move the coefficient after `episodes` responses whose mean summed KL was `kl` nats; a fixed controller stays."""
-        if self.target is None or kl != kl:
-            return
+    def next(self, coef: float, kl: float, episodes: int) -> float:
+        """β after `episodes` responses whose mean summed KL was `kl` nats; a KL that is not a number leaves it as it is."""
+        if self.target is None or math.isnan(kl):
+            return coef
         error = min(max(kl / self.target - 1.0, -MAX_ERROR), MAX_ERROR)
-        self.coef *= 1.0 + error * episodes / self.horizon
+        return max(0.0, coef * (1.0 + error * episodes / self.horizon))

@@ -1,27 +1,31 @@
-"""The models of PPO at work: made, asked for responses, and compared on held-out prompts."""
+"""Models at work: made for PPO, asked for responses, scored, and looked at by one another."""
 
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyrlhf.data import Tokenizer
-from pyrlhf.engine import EngineConfig, HybridEngine, OptimizerConfig, World, ZeroEngine
-from pyrlhf.evaluate import win_rate
+from pyrlhf.engine import EngineConfig, HybridEngine, World, ZeroEngine
 from pyrlhf.model import CausalLM, ScalarModel
 from pyrlhf.rlhf.experience import Experience, Responses, analyse, assemble, score_responses
-from pyrlhf.rlhf.kl import kl_estimate
 from pyrlhf.rollout import Sampling
+from pyrlhf.stages.checks import check_context
+
+if TYPE_CHECKING:
+    from pyrlhf.stages.ppo import PPOConfig
 
 #: Scores responses from their texts, higher better: (prompts, responses) -> one score each.
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+#: Responses -> float32 [S], the same on every rank.
+Score = Callable[[Responses], Tensor]
 
 
 @dataclass
@@ -31,73 +35,103 @@ class Actors:
     policy: HybridEngine  # trained
     critic: ZeroEngine  # trained
     reference: ZeroEngine  # frozen
-    score: Callable[[Responses], Tensor]  # frozen reward model, or the user's function; float32 [S]
+    reward: ZeroEngine | None  # frozen; None where a function scores
+    score: Score
     world: World
     budget: int  # tokens of a forward
     sampling: Sampling  # of responses
 
+    @property
+    def skipped_steps(self) -> int:
+        return self.policy.skipped_steps + self.critic.skipped_steps
+
+    def close(self) -> None:
+        for engine in filter(None, (self.policy, self.critic, self.reference, self.reward)):
+            engine.close()
+
 
 def make_actors(
+    config: PPOConfig,
     *,
     policy: Path,
     reference: Path,
     reward: Path | None,
-    reward_function: str,
+    longest_prompt: int,
     tokenizer: Tokenizer,
-    sampling: Sampling,
     engine: EngineConfig,
-    policy_optimizer: OptimizerConfig,
-    critic_optimizer: OptimizerConfig,
-    steps: int,
+    seed: int,
     world: World,
 ) -> Actors:
-    """Load the models. The critic starts from the reward model, or from the policy with a head of zeros if there is none.
-
-    `steps` is the number of optimizer steps of the whole stage.
-    """
-    if reward is None and not reward_function:
+    """Load the models. The critic starts from the reward model, or from the policy with a head of zeros if there is none."""
+    if reward is None and not config.reward_function:
         raise ValueError(
-            "ppo: expected a reward model (run the reward stage, or set ppo.reward_model) or ppo.reward_function, found neither"
+            "ppo.reward_model: expected a reward model (run the reward stage, or name a folder) or ppo.reward_function, found neither"
         )
-    value = ScalarModel.from_causal_lm(policy) if reward is None else ScalarModel.from_pretrained(reward)
-    if reward is None:
-        torch.nn.init.zeros_(value.head.weight)
-    trained = HybridEngine(CausalLM.from_pretrained(policy), engine, policy_optimizer, steps, world=world)
-    critic = ZeroEngine(value, world, engine, critic_optimizer, steps)
-    frozen = ZeroEngine(CausalLM.from_pretrained(reference), world, engine)
-    same_vocabulary(policy=trained, reference=frozen, critic=critic)
+    per_update = config.epochs * config.minibatches
+    value = zero_critic(policy) if reward is None else ScalarModel.from_pretrained(reward)
+    judge = None if config.reward_function or reward is None else ScalarModel.from_pretrained(reward)
+    lm, frozen = CausalLM.from_pretrained(policy), CausalLM.from_pretrained(reference)
+    check_models(longest_prompt, config.max_new_tokens, policy=lm, reference=frozen, critic=value)
+    trained_for = (config.updates - config.critic_warmup) * per_update
+    trained = HybridEngine(lm, engine, config.policy_optimizer, trained_for, world=world)
+    critic = ZeroEngine(value, world, engine, config.critic_optimizer, config.updates * per_update)
+    scorer = None if judge is None else ZeroEngine(judge, world, engine)
     budget = engine.tokens_per_microbatch
-    if reward_function:
-        score = function_scores(reward_function, tokenizer)
+    if scorer is None:
+        score = function_scores(config.reward_function, tokenizer, world)
     else:
-        score = model_scores(ZeroEngine(ScalarModel.from_pretrained(str(reward)), world, engine), tokenizer, budget)
-    return Actors(trained, critic, frozen, score, world, budget, sampling)
+        score = model_scores(scorer, tokenizer, budget)
+    sampling = Sampling(config.max_new_tokens, config.temperature, seed=seed, stop_ids=stop_ids(tokenizer))
+    return Actors(trained, critic, ZeroEngine(frozen, world, engine), scorer, score, world, budget, sampling)
 
 
-def same_vocabulary(**engines: ZeroEngine) -> None:
-    """ValueError unless all models read the same token ids."""
-    sizes = {name: engine.module.config.vocab_size for name, engine in engines.items()}
+def zero_critic(policy: Path) -> ScalarModel:
+    """The policy's trunk with a head that says 0 everywhere: without a reward model nothing better is known."""
+    critic = ScalarModel.from_causal_lm(policy)
+    torch.nn.init.zeros_(critic.head.weight)
+    return critic
+
+
+def check_models(longest_prompt: int, max_new_tokens: int, **models: CausalLM | ScalarModel) -> None:
+    """ValueError unless all models read the same token ids and have room for the prompts and their responses."""
+    sizes = {name: model.config.vocab_size for name, model in models.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"ppo: expected models of one vocabulary, found vocab_size {sizes}; train them with one tokenizer")
+        raise ValueError(f"ppo: expected models of one vocabulary, found {sizes}; train them with one tokenizer")
+    policy = models["policy"].config
+    check_context("ppo.max_prompt_tokens", longest_prompt + 1, policy)
+    longest = min(longest_prompt + max_new_tokens, policy.max_positions)  # the policy's own context ends a response
+    for model in models.values():
+        check_context("ppo.max_prompt_tokens, ppo.max_new_tokens", longest, model.config)
 
 
-def model_scores(reward: ZeroEngine, tokenizer: Tokenizer, budget: int) -> Callable[[Responses], Tensor]:
+def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokenizer's end of sequence ends a response too, where a model's own settings name another one or none."""
+    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+
+def model_scores(reward: ZeroEngine, tokenizer: Tokenizer, budget: int) -> Score:
     """A reward model as a scorer of responses."""
+    world, context = reward.world, reward.module.config.max_positions
 
     def score(responses: Responses) -> Tensor:
-        return score_responses(reward, responses, world=reward.world, budget=budget, eos_id=tokenizer.eos_id)
+        eos_id = tokenizer.eos_id
+        return score_responses(reward, responses, world=world, budget=budget, eos_id=eos_id, context=context)
 
     return score
 
 
-def function_scores(name: str, tokenizer: Tokenizer) -> Callable[[Responses], Tensor]:
-    """The user's function "package.module:function" as a scorer of responses; it gets texts without special tokens."""
+def function_scores(name: str, tokenizer: Tokenizer, world: World) -> Score:
+    """The user's function "package.module:function" as a scorer; it gets texts without special tokens, on the main rank alone."""
     function: RewardFunction = import_function(name)
 
     def score(responses: Responses) -> Tensor:
-        scores = torch.as_tensor(function(*texts(responses, tokenizer)), dtype=torch.float32)
+        given = list(function(*texts(responses, tokenizer))) if world.is_main else []
+        scores = torch.tensor(world.gather(given)[0], dtype=torch.float32)
         if scores.shape != (len(responses),) or not bool(scores.isfinite().all()):
-            raise ValueError(f"{name}: expected {len(responses)} finite scores, found {scores.tolist()[:4]} of shape {tuple(scores.shape)}")
+            raise ValueError(
+                f"ppo.reward_function: expected {len(responses)} finite scores from {name}, found {scores.numel()}, "
+                f"{int(scores.isfinite().sum())} of them finite"
+            )
         return scores
 
     return score
@@ -107,22 +141,26 @@ def import_function(name: str) -> Callable[..., Any]:
     """ "package.module:function" -> the function; ValueError says what is wrong with the name."""
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"{name!r}: expected 'package.module:function'")
+        raise ValueError(f"ppo.reward_function: expected 'package.module:function', found {name!r}")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name!r}: cannot be imported ({error}); is its folder on PYTHONPATH?") from error
+        raise ValueError(
+            f"ppo.reward_function: cannot import {name!r} ({error}); is its folder on PYTHONPATH?"
+        ) from error
 
 
-def respond(actors: Actors, prompts: Sequence[list[int]], n: int, *, first_id: int) -> Responses:
+def respond(
+    policy: HybridEngine, prompts: Sequence[list[int]], sampling: Sampling, *, n: int = 1, first_id: int = 0
+) -> Responses:
     """Sample n responses of every prompt, the prompts shared by the ranks; every rank gets all of them.
 
     A response depends on the weights, the sampling seed and its id (first_id, first_id + 1, ..) alone.
     """
-    world = actors.world
+    world = policy.world
     share = range(len(prompts) * world.rank // world.size, len(prompts) * (world.rank + 1) // world.size)
     ids = [first_id + p * n + i for p in share for i in range(n)]
-    rollouts = actors.policy.generate([prompts[p] for p in share], actors.sampling, n=n, sample_ids=ids)
+    rollouts = policy.generate([prompts[p] for p in share], sampling, n=n, sample_ids=ids)
     return Responses.join(world.gather(Responses.of(rollouts)))
 
 
@@ -141,59 +179,12 @@ def look(actors: Actors, responses: Responses, scores: Tensor) -> Experience:
 
 def texts(responses: Responses, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """Prompts and responses as text, without special tokens."""
-    pairs = list(zip(responses.sequences, responses.prompt_lengths, strict=True))
-    return [tokenizer.decode(s[:p]) for s, p in pairs], [tokenizer.decode(s[p:]) for s, p in pairs]
+    pairs = [(s[:p], s[p:]) for s, p in zip(responses.sequences, responses.prompt_lengths, strict=True)]
+    return [tokenizer.decode(p) for p, _ in pairs], [tokenizer.decode_response(p, r) for p, r in pairs]
 
 
 def sample_rows(responses: Responses, scores: Tensor, tokenizer: Tokenizer, count: int = 8) -> list[dict[str, Any]]:
-    """Rows for a sample table."""
-    prompts, answers = texts(responses.select(range(min(count, len(responses)))), tokenizer)
-    rows = zip(prompts, answers, scores.tolist(), responses.finish, strict=False)
+    """The first responses as rows of a sample table."""
+    first = responses.select(range(min(count, len(responses))))
+    rows = zip(*texts(first, tokenizer), scores.tolist(), first.finish, strict=False)
     return [{"prompt": p, "response": r, "score": s, "finish": why} for p, r, s, why in rows]
-
-
-@dataclass
-class Evaluation:
-    """A policy's answers to the held-out prompts. The same sample ids each time, so answers differ by the weights alone."""
-
-    prompts: list[str]
-    responses: list[str]
-    scores: list[float]  # the reward model's, as it gives them
-    kl: float  # nats a response, to the reference
-    length: float  # tokens
-    eos_rate: float
-
-    @classmethod
-    def run(cls, actors: Actors, prompts: Sequence[list[int]], tokenizer: Tokenizer) -> Evaluation:
-        responses = respond(actors, prompts, 1, first_id=EVALUATION_IDS)
-        experience = look(actors, responses, actors.score(responses))
-        kl = experience.sums(kl_estimate(experience.logprobs, experience.ref_logprobs)).mean()
-        ended = sum(why != "length" for why in responses.finish) / len(responses)
-        length = experience.response_lengths.float().mean()
-        return cls(*texts(responses, tokenizer), experience.scores.tolist(), float(kl), float(length), ended)
-
-    def numbers(self, start: Evaluation) -> dict[str, float]:
-        """Reward, its gain over `start` in standard deviations of the start's rewards, win rate against it, KL, length."""
-        scores, base = torch.tensor(self.scores), torch.tensor(start.scores)
-        gain = float((scores.mean() - base.mean()) / base.std().clamp(min=1e-8))
-        return {
-            "reward": float(scores.mean()),
-            "reward_std": float(scores.std()),
-            "gain_in_std": gain,
-            "win_rate": win_rate(self.scores, start.scores).rate,
-            "kl": self.kl,
-            "response_length": self.length,
-            "eos_rate": self.eos_rate,
-        }
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(vars(self), ensure_ascii=False, indent=1), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Evaluation:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-#: Sample ids of evaluations lie beyond those of training.
-EVALUATION_IDS = 1 << 40

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pyrlhf.data import DataConfig, LengthRule, Tokenizer, shard
-from pyrlhf.engine import EngineConfig, HybridEngine, init_world
+from pyrlhf.data import DataConfig, LengthRule, Tokenizer
+from pyrlhf.engine import EngineConfig, HybridEngine
 from pyrlhf.metrics import Metrics
 from pyrlhf.model import CausalLM
+from pyrlhf.rlhf.experience import Responses
 from pyrlhf.rollout import Sampling
+from pyrlhf.stages.actors import respond, stop_ids, texts
+from pyrlhf.stages.checks import check_settings
 from pyrlhf.stages.inputs import load_prompts
 
 
@@ -50,9 +53,7 @@ class GenerateConfig:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        for name, least in (("count", 1), ("held_out", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"generate.{name}: expected at least {least}, found {getattr(self, name)}")
+        check_settings("generate", self, at_least={"count": 1, "held_out": 0, "max_new_tokens": 1, "batch_size": 1})
         if self.held_out >= self.count:
             raise ValueError(f"generate.held_out: expected fewer than count ({self.count}), found {self.held_out}")
 
@@ -68,32 +69,36 @@ def write_samples(
     metrics: Metrics,
 ) -> Path:
     """Write folder/samples.jsonl and folder/held_out.jsonl, one {"text", "prompt", "response", "finish"} a line; returns the folder."""
-    world = init_world(engine)
     rule = LengthRule(config.max_prompt_tokens, config.too_long, config.keep)
-    prompts = load_prompts(config.prompts, tokenizer, rule, metrics) if config.prompts.path else [tokenizer.encode_prompt("")]
-    policy = HybridEngine(CausalLM.from_pretrained(config.model or model), engine, world=world, max_batch=config.batch_size)
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed=seed)
+    prompts = [tokenizer.encode_prompt("")]
+    if config.prompts.path:
+        prompts = load_prompts("generate.prompts", config.prompts, tokenizer, rule, metrics)
+    policy = HybridEngine(CausalLM.from_pretrained(config.model or model), engine, max_batch=config.batch_size)
+    world, at_once = policy.world, config.batch_size * policy.world.size
+    stops = stop_ids(tokenizer)
+    sampling = Sampling(
+        config.max_new_tokens, config.temperature, config.top_k, config.top_p, seed=seed, stop_ids=stops
+    )
     rows: list[dict[str, Any]] = []
     with metrics.progress(config.count, "sampling") as bar:
-        for first in range(0, config.count, config.batch_size * world.size):
-            ids = shard(range(first, min(first + config.batch_size * world.size, config.count)), world.rank, world.size)
-            rollouts = policy.generate([prompts[i % len(prompts)] for i in ids], sampling, sample_ids=ids)
-            part = [_row(rollouts, i, prompts[id_ % len(prompts)], tokenizer) for i, id_ in enumerate(ids)]
-            everyone = [row for rank in world.gather(part) for row in rank]
-            rows += everyone
-            bar.advance(len(everyone), tokens=int(rollouts.logprobs.numel()) * world.size)
+        for first in range(0, config.count, at_once):
+            ids = range(first, min(first + at_once, config.count))
+            responses = respond(policy, [prompts[i % len(prompts)] for i in ids], sampling, first_id=first)
+            rows += text_rows(responses, tokenizer)
+            bar.advance(len(responses), tokens=responses.tokens)
     if world.is_main:
         split = config.count - config.held_out
         _write(folder / "samples.jsonl", rows[:split])
         _write(folder / "held_out.jsonl", rows[split:])
     world.barrier()
+    policy.close()
     return folder
 
 
-def _row(rollouts: Any, i: int, prompt: list[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    response = rollouts.response(i)
-    text = {"prompt": tokenizer.decode(prompt), "response": tokenizer.decode_response(prompt, response)}
-    return {"text": tokenizer.decode([*prompt, *response]), **text, "finish": rollouts.finish[i]}
+def text_rows(responses: Responses, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """{"text", "prompt", "response", "finish"} of each response."""
+    pairs = zip(responses.sequences, *texts(responses, tokenizer), responses.finish, strict=True)
+    return [{"text": tokenizer.decode(s), "prompt": p, "response": r, "finish": why} for s, p, r, why in pairs]
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

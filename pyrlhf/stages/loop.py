@@ -1,4 +1,4 @@
-"""What the loops of all stages share: resuming, counting, logging, saving; and a language-model minibatch."""
+"""What the loops of all stages share: resuming, counting, logging, saving; drawing batches; a language-model minibatch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pyrlhf.data import pack, share_by_tokens
+from pyrlhf.data import EpochSampler, pack, share_by_tokens
 from pyrlhf.engine import World, ZeroEngine
 from pyrlhf.engine.checkpoint import latest, load_snapshot, save_snapshot
 from pyrlhf.metrics import Metrics
@@ -37,9 +37,17 @@ class Sequences:
         return Sequences([self.tokens[i] for i in indices], [self.prompt_lengths[i] for i in indices])
 
     @property
+    def prompts(self) -> list[list[int]]:
+        return [tokens[:length] for tokens, length in zip(self.tokens, self.prompt_lengths, strict=True)]
+
+    @property
     def targets(self) -> int:
         """Tokens that carry a loss."""
         return sum(len(t) - max(p, 1) for t, p in zip(self.tokens, self.prompt_lengths, strict=True))
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.tokens))
 
 
 #: What a rank computes, with weight 0, while others still have micro-batches.
@@ -69,31 +77,39 @@ def run_steps(
         metrics: where the numbers go.
         description: shown beside the progress bar.
         save_every: steps between checkpoints; 0 saves none.
-        state: what else a checkpoint holds (JSON types); updated in place when one is loaded.
+        state: what else a checkpoint holds; updated in place when one is loaded.
         before: called once before step 0, not when resuming.
         after: called after each step with the number of finished steps (evaluation, sample tables).
     """
     state = {} if state is None else state
-    first = 0
-    if (snapshot := latest(folder / "checkpoint")) is not None:
-        state |= load_snapshot(snapshot, engines)
-        first = state.pop("step")
+    first = _resume(engines, folder, state)
+    metrics.truncate_after(first if first else -1)  # lines of step 0 come from `before`, which runs again
+    if first:
         metrics.note(f"going on from step {first} of {total}")
-    metrics.truncate_after(first)
-    if first == 0 and before is not None:
+    elif before is not None:
         before()
     with metrics.progress(total, description, completed=first) as bar:
         for k in range(first, total):
             began = time.perf_counter()
             numbers, tokens = step(k)
-            numbers["seconds"] = time.perf_counter() - began
-            numbers["peak_memory_gib"] = peak_memory_gib()
+            seconds = time.perf_counter() - began
+            numbers |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib()}
+            numbers["skipped_steps"] = sum(engine.skipped_steps for engine in engines.values())
             metrics.log(k + 1, numbers)
             bar.advance(1, tokens=tokens)
             if after is not None:
                 after(k + 1)
             if save_every and (k + 1) % save_every == 0 and k + 1 < total:
                 save_snapshot(folder / "checkpoint", k + 1, engines, {"step": k + 1, **state})
+
+
+def _resume(engines: Mapping[str, ZeroEngine], folder: Path, state: dict[str, Any]) -> int:
+    """Load the last checkpoint into `engines` and `state`; the number of steps it has behind it, 0 without one."""
+    snapshot = latest(folder / "checkpoint")
+    if snapshot is None:
+        return 0
+    state |= load_snapshot(snapshot, engines)
+    return int(state.pop("step"))
 
 
 def peak_memory_gib() -> float:
@@ -103,6 +119,28 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+class Stopwatch:
+    """Seconds of each phase of a step, and its tokens a second."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str, tokens: int | None = None) -> None:
+        """The phase that ends here, with the tokens it handled if they are to be counted."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.numbers[f"seconds/{phase}"] = seconds
+        if tokens is not None:
+            self.numbers[f"tokens_per_second/{phase}"] = tokens / max(seconds, 1e-9)
+
+
+def draws(items: int, count: int, *, seed: int) -> Callable[[int], list[int]]:
+    """k -> the k-th `count` indices of an endless row of shuffled epochs over `items`. Unlike an epoch's last batch, all are full."""
+    sampler = EpochSampler(items, 1, seed=seed)
+    return lambda k: [sampler.batch(i)[0] for i in range(k * count, (k + 1) * count)]
+
+
 def microbatches(batch: Sequences, budget: int, world: World) -> Iterator[tuple[Sequences, bool, bool]]:
     """This rank's share of a minibatch in micro-batches of at most `budget` tokens: (examples, idle, last)."""
     plan = share_by_tokens([len(t) for t in batch.tokens], budget, rank=world.rank, world_size=world.size)
@@ -110,23 +148,30 @@ def microbatches(batch: Sequences, budget: int, world: World) -> Iterator[tuple[
         yield (batch.select(indices) if indices else IDLE), not indices, i == len(plan) - 1
 
 
+def language_model_step(engine: ZeroEngine, batch: Sequences, budget: int) -> tuple[dict[str, float], int]:
+    """One optimizer step on the mean next-token loss of a minibatch; its numbers and tokens."""
+    loss = backward_language_model(engine, batch, budget)
+    report = engine.step()
+    numbers = {"loss": loss, "perplexity": perplexity(loss), "grad_norm": report.grad_norm, "lr": report.lr}
+    return numbers, sum(map(len, batch.tokens))
+
+
 def backward_language_model(engine: ZeroEngine, batch: Sequences, budget: int, *, coef: float = 1.0) -> float:
     """Accumulate the gradient of coef · (mean next-token loss of the minibatch over the world); returns the mean loss, in nats."""
-    total, tokens = 0.0, batch.targets
+    total, weight = 0.0, 1.0 / max(batch.targets, 1)
     for examples, idle, last in microbatches(batch, budget, engine.world):
-        weight = 0.0 if idle else coef / tokens
-        loss = _loss(engine, examples, weight, engine.device)
-        engine.backward(loss, last=last)
+        loss = _loss(engine, examples, 0.0 if idle else weight, engine.device)
+        engine.backward(coef * loss, last=last)
         total += float(loss.detach())
-    return float(engine.world.sum(total)) / coef if coef else math.nan
+    return float(engine.world.sum(total))
 
 
 def evaluate_language_model(engine: ZeroEngine, data: Sequences, budget: int) -> float:
     """Mean next-token loss over `data`, in nats a token."""
-    total = 0.0
+    total, weight = 0.0, 1.0 / max(data.targets, 1)
     with torch.no_grad():
         for examples, idle, _ in microbatches(data, budget, engine.world):
-            total += float(_loss(engine, examples, 0.0 if idle else 1.0 / data.targets, engine.device))
+            total += float(_loss(engine, examples, 0.0 if idle else weight, engine.device))
     return float(engine.world.sum(total))
 
 

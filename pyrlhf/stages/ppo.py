@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -13,17 +11,18 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
-from pyrlhf.data import DataConfig, EpochSampler, LengthRule, Tokenizer, share_by_tokens
+from pyrlhf.data import DataConfig, LengthRule, Tokenizer, share_by_tokens
 from pyrlhf.engine import Ema, EngineConfig, OptimizerConfig, init_world
 from pyrlhf.engine.checkpoint import save_model
 from pyrlhf.metrics import Metrics
 from pyrlhf.rlhf.experience import Experience, Responses, Truncated, estimate_advantages, mismatch, reward_tokens
 from pyrlhf.rlhf.kl import Estimator, KLController, kl_estimate
 from pyrlhf.rlhf.losses import whiten
-from pyrlhf.rollout import Sampling
-from pyrlhf.stages.actors import Actors, Evaluation, look, make_actors, respond, sample_rows
+from pyrlhf.stages.actors import Actors, look, make_actors, respond, sample_rows
+from pyrlhf.stages.checks import check_settings
+from pyrlhf.stages.held_out import HeldOut
 from pyrlhf.stages.inputs import load_prompts, load_texts
-from pyrlhf.stages.loop import Sequences, backward_language_model, evaluate_language_model, perplexity, run_steps
+from pyrlhf.stages.loop import Sequences, Stopwatch, backward_language_model, draws, run_steps
 
 
 @dataclass
@@ -54,7 +53,7 @@ class PPOConfig:
         kl_target: KL in nats a response that an adaptive coefficient steers to; null: β stays fixed.
         kl_horizon: episodes over which the adaptive coefficient moves.
         kl_penalty: estimator of the penalty.
-        reward_clip: scores are clipped to ± this; null: not.
+        reward_clip: scores are clipped to ± this, before truncated_score; null: not.
         whiten_rewards: scale rewards to unit variance without moving their mean.
         whiten_advantages: normalise advantages over each minibatch.
         gamma: discount.
@@ -63,7 +62,7 @@ class PPOConfig:
         value_clip: value's clip range around the old value; null: not clipped.
         dual_clip: bound (> 1) on the loss of negative advantages; null: none.
         entropy_coef: weight of an entropy bonus.
-        rollout_correction: cap (> 0) of the truncated importance weight between sampler and training; null: none.
+        rollout_correction: cap (> 0) of the truncated importance weight between sampler and training, on the policy's loss; null: none.
         critic_warmup: first updates in which only the critic learns.
         ptx_coef: γ, coefficient of the mean next-token loss on ptx_data (27.8 in InstructGPT); 0: plain PPO.
         ptx_data: pretraining text.
@@ -124,57 +123,104 @@ class PPOConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("updates", "batch_size", "samples_per_prompt", "minibatches", "epochs", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ppo.{name}: expected at least 1, found {getattr(self, name)}")
+        ones = ("updates", "batch_size", "samples_per_prompt", "minibatches", "epochs", "max_prompt_tokens")
+        zeros = ("kl_coef", "gamma", "lam", "entropy_coef", "critic_warmup", "ptx_coef", "ema_decay")
+        steps = dict.fromkeys(("eval_every", "sample_every", "save_every"), 0.0)
+        least = dict.fromkeys(ones, 1.0) | dict.fromkeys(zeros, 0.0) | steps
+        least |= {"max_new_tokens": 1.0, "ptx_per_episode": 1.0, "ptx_tokens": 2.0}
+        above = dict.fromkeys(("temperature", "reward_clip", "clip", "value_clip", "rollout_correction"), 0.0)
+        check_settings("ppo", self, at_least=least, above=above | {"dual_clip": 1.0})
+        for name in ("gamma", "lam"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"ppo.{name}: expected at most 1, found {getattr(self, name)}")
+        if self.ema_decay >= 1:
+            raise ValueError(f"ppo.ema_decay: expected 0 (none) <= decay < 1, found {self.ema_decay}")
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
                 f"ppo.batch_size: expected a multiple of samples_per_prompt ({self.samples_per_prompt}), found {self.batch_size}"
             )
         if self.minibatches > self.batch_size:
-            raise ValueError(f"ppo.minibatches: expected at most batch_size ({self.batch_size}), found {self.minibatches}")
-        if self.temperature <= 0:
-            raise ValueError(f"ppo.temperature: expected more than 0 (a greedy policy explores nothing), found {self.temperature}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ppo.ema_decay: expected 0 <= decay < 1, found {self.ema_decay}")
-        KLController(self.kl_coef, self.kl_target, self.kl_horizon)
+            raise ValueError(
+                f"ppo.minibatches: expected at most batch_size ({self.batch_size}), found {self.minibatches}"
+            )
+        if self.critic_warmup >= self.updates:
+            raise ValueError(
+                f"ppo.critic_warmup: expected fewer than updates ({self.updates}), found {self.critic_warmup}"
+            )
+        KLController(self.kl_target, self.kl_horizon)
 
     @property
     def prompt_rule(self) -> LengthRule:
         return LengthRule(self.max_prompt_tokens, self.too_long, self.keep)
 
 
+# One update: responses -> experience -> minibatches of optimizer steps ------------------------------------------------
+
+
+def make_experience(actors: Actors, responses: Responses, config: PPOConfig, *, kl_coef: float) -> Experience:
+    """Score the responses, look at them with every model, and turn that into rewards, advantages and returns."""
+    experience = reward_tokens(
+        look(actors, responses, actors.score(responses)),
+        kl_coef=kl_coef,
+        estimator=config.kl_penalty,
+        truncated_score=config.truncated_score if config.truncated == "penalise" else None,
+        reward_clip=config.reward_clip,
+        whiten_rewards=config.whiten_rewards,
+    )
+    return estimate_advantages(experience, gamma=config.gamma, lam=config.lam)
+
+
+def finished(responses: Responses) -> Responses:
+    """Those that ended within their budget."""
+    kept = responses.select([i for i, truncated in enumerate(responses.truncated) if not truncated])
+    if not len(kept):
+        raise ValueError(
+            "ppo.truncated: 'drop' left no response of the batch; raise ppo.max_new_tokens or use 'penalise'"
+        )
+    return kept
+
+
 def update(
-    actors: Actors, experience: Experience, ptx: Callable[[int], Sequences] | None, config: PPOConfig, *, seed: int, step: int
+    actors: Actors,
+    experience: Experience,
+    ptx: Callable[[int], Sequences] | None,
+    config: PPOConfig,
+    *,
+    seed: int,
+    step: int,
 ) -> dict[str, float]:
     """One PPO update: `epochs` passes over the experience in shuffled minibatches, one optimizer step of each model per minibatch."""
     numbers: list[dict[str, float]] = []
     train_policy = step >= config.critic_warmup
-    for epoch in range(config.epochs):
-        count = step * config.epochs + epoch
-        order = torch.randperm(len(experience), generator=torch.Generator().manual_seed(seed + 1_000_003 * count))
-        for i, chosen in enumerate(order.tensor_split(min(config.minibatches, len(experience)))):
-            minibatch = weigh(experience.select(chosen.tolist()), config)
-            found = backward_ppo(actors, minibatch, config, train_policy=train_policy, last=ptx is None)
-            if ptx is not None and train_policy:
-                text = ptx(count * config.minibatches + i)
+    for passed in range(step * config.epochs, (step + 1) * config.epochs):
+        for i, minibatch in enumerate(minibatches(experience, config.minibatches, seed=seed + 1_000_003 * passed)):
+            found = backward_ppo(actors, weigh(minibatch, config), config, train_policy=train_policy, last=ptx is None)
+            if train_policy and ptx is not None:
+                text = ptx(passed * config.minibatches + i)
                 found["ptx_loss"] = backward_language_model(actors.policy, text, actors.budget, coef=config.ptx_coef)
-            critic = actors.critic.step()
-            found |= {"critic_grad_norm": critic.grad_norm, "critic_lr": critic.lr, "skipped_steps": float(critic.skipped)}
             if train_policy:
-                policy = actors.policy.step()
-                found |= {"grad_norm": policy.grad_norm, "lr": policy.lr}
-                found["skipped_steps"] += float(policy.skipped)
-            numbers.append(found)
+                report = actors.policy.step()
+                found |= {"grad_norm": report.grad_norm, "lr": report.lr}
+            report = actors.critic.step()
+            numbers.append(found | {"critic_grad_norm": report.grad_norm, "critic_lr": report.lr})
     return summarise(numbers)
 
 
+def minibatches(experience: Experience, count: int, *, seed: int) -> Iterator[Experience]:
+    """The responses in a new order, in `count` parts (fewer if there are fewer responses) that differ by one response at most."""
+    order = torch.randperm(len(experience), generator=torch.Generator().manual_seed(seed))
+    for chosen in order.tensor_split(min(count, len(experience))):
+        yield experience.select(chosen.tolist())
+
+
 def weigh(minibatch: Experience, config: PPOConfig) -> Experience:
-    """Give each response token its share of the minibatch's mean, and whiten the advantages over the minibatch."""
+    """Give each response token its share of the minibatch's mean, and its final advantage: whitened over the minibatch, corrected."""
     weights = torch.full_like(minibatch.logprobs, 1.0 / minibatch.logprobs.numel())
-    if config.rollout_correction is not None:
-        weights *= (minibatch.logprobs - minibatch.sampled_logprobs).exp().clamp(max=config.rollout_correction)
     advantages = whiten(minibatch.advantages) if config.whiten_advantages else minibatch.advantages
+    if config.rollout_correction is not None:
+        # min(π_train / π_sampler, cap) scales the policy's loss; being positive, it may as well scale the advantage.
+        ratio = (minibatch.logprobs - minibatch.sampled_logprobs).exp()
+        advantages = advantages * ratio.clamp(max=config.rollout_correction)
     return replace(minibatch, weights=weights, advantages=advantages)
 
 
@@ -185,14 +231,15 @@ def backward_ppo(
 
     `last` says that no other gradient of the policy follows before its step.
     """
-    world, device = actors.world, actors.world.device
+    world = actors.world
     plan = share_by_tokens(minibatch.lengths, actors.budget, rank=world.rank, world_size=world.size)
-    sums, ratio_max = torch.zeros(len(_SUMS), device=device), 0.0
+    sums, ratio_max = torch.zeros(len(_SUMS), device=world.device), torch.zeros((), device=world.device)
     for i, indices in enumerate(plan):
         end = i == len(plan) - 1
-        micro = (minibatch.select(indices) if indices else Experience.idle()).to(device)
+        micro = (minibatch.select(indices) if indices else Experience.idle()).to(world.device)
         place = (micro.tokens, micro.positions, micro.cu_seqlens)
-        with torch.set_grad_enabled(train_policy):
+        logprobs, entropy = micro.logprobs, micro.entropy
+        if train_policy:
             logprobs, entropy = actors.policy(
                 *place, rows=micro.rows, targets=micro.targets, temperature=config.temperature
             )
@@ -204,15 +251,18 @@ def backward_ppo(
             actors.policy.backward(surrogate, last=end and last)
         actors.critic.backward((values * dvalues).sum(), last=end)
         sums += torch.stack([loss.policy, loss.value, *loss.stats[:-1], mean_entropy]).detach()
-        ratio_max = max(ratio_max, float(loss.stats.ratio_max)) if indices else ratio_max
+        ratio_max = torch.maximum(ratio_max, loss.stats.ratio_max)
     numbers = dict(zip(_SUMS, world.sum(sums).tolist(), strict=True))
-    return numbers | {"ratio_max": max(world.gather(ratio_max))}
+    return numbers | {"ratio_max": max(world.gather(float(ratio_max)))}
 
 
+#: What is summed over micro-batches and ranks, in the order of `ops.PPOLoss` and `ops.PPOStats`.
 _SUMS = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "value_clip_fraction", "ratio_mean", "entropy")
 
 
-def ppo_gradients(logprobs: Tensor, values: Tensor, micro: Experience, config: PPOConfig) -> tuple[ops.PPOLoss, Tensor, Tensor]:
+def ppo_gradients(
+    logprobs: Tensor, values: Tensor, micro: Experience, config: PPOConfig
+) -> tuple[ops.PPOLoss, Tensor, Tensor]:
     """The loss and its gradients in log-probs and values: what each model's own backward starts from."""
     logprobs, values = logprobs.detach().requires_grad_(), values.detach().requires_grad_()
     loss = ops.ppo_loss(
@@ -232,60 +282,36 @@ def ppo_gradients(logprobs: Tensor, values: Tensor, micro: Experience, config: P
 
 
 def summarise(minibatches: Sequence[dict[str, float]]) -> dict[str, float]:
-    """One update's numbers: means over minibatches; the largest ratio, the count of skipped steps, the first minibatch's ratio and KL."""
-    names = {name for numbers in minibatches for name in numbers}
-    columns = {name: [numbers[name] for numbers in minibatches if name in numbers] for name in sorted(names)}
-    summary = {name: sum(column) / len(column) for name, column in columns.items()}
-    summary["ratio_max"] = max(columns["ratio_max"])
-    summary["skipped_steps"] = sum(columns["skipped_steps"])
+    """One update's numbers: means over its minibatches, the largest ratio of all, and the first minibatch's ratio and KL.
+
+    The first is computed before any step, so its ratios are 1 and its KL 0 up to rounding.
+    """
     first = minibatches[0]
+    summary = {name: sum(numbers[name] for numbers in minibatches) / len(minibatches) for name in first}
+    summary["ratio_max"] = max(numbers["ratio_max"] for numbers in minibatches)
     return summary | {"first_ratio_max": first["ratio_max"], "first_approx_kl": first["approx_kl"]}
 
 
-def make_experience(
-    actors: Actors, responses: Responses, config: PPOConfig, *, kl_coef: float
-) -> tuple[Experience, Responses]:
-    """Score the responses, look at them with every model, and turn that into advantages and returns.
-
-    Also returns the responses themselves, without those dropped.
-    """
-    if config.truncated == "drop":
-        responses = responses.select([i for i, why in enumerate(responses.finish) if why != "length"])
-        if not len(responses):
-            raise ValueError("ppo.truncated: 'drop' left no response of the batch; raise ppo.max_new_tokens or use 'penalise'")
-    scores = actors.score(responses)
-    if config.truncated == "penalise":
-        scores[torch.tensor([why == "length" for why in responses.finish])] = config.truncated_score
-    experience = reward_tokens(
-        look(actors, responses, scores),
-        kl_coef=kl_coef,
-        estimator=config.kl_penalty,
-        reward_clip=config.reward_clip,
-        whiten_rewards=config.whiten_rewards,
-    )
-    return estimate_advantages(experience, gamma=config.gamma, lam=config.lam), responses
-
-
-def describe(experience: Experience, responses: Responses) -> dict[str, float]:
-    """The numbers of the responses themselves."""
-    kl1 = kl_estimate(experience.logprobs, experience.ref_logprobs, "k1")
-    kl3 = kl_estimate(experience.logprobs, experience.ref_logprobs, "k3")
-    shaped = experience.sums(experience.rewards)
+def describe(experience: Experience) -> dict[str, float]:
+    """The numbers of the responses themselves. KL is in nats a response."""
+    k1 = kl_estimate(experience.logprobs, experience.ref_logprobs, "k1")
+    k3 = kl_estimate(experience.logprobs, experience.ref_logprobs, "k3")
     unexplained = (experience.returns - experience.values).var(unbiased=False)
     return {
-        "reward": float(experience.scores.mean()),
-        "reward_std": float(experience.scores.std(unbiased=False)),
-        "reward_with_kl": float(shaped.mean()),
-        "kl": float(experience.sums(kl1).mean()),
-        "kl_k3": float(experience.sums(kl3).mean()),
-        "kl_per_token": float(kl1.mean()),
-        "sampled_entropy": float(experience.entropy.mean()),
+        "reward_raw": float(experience.scores.mean()),
+        "reward": float(experience.outcomes.mean()),
+        "reward_std": float(experience.outcomes.std(unbiased=False)),
+        "reward_with_kl": float(experience.sums(experience.rewards).mean()),
+        "kl": float(experience.sums(k1).mean()),
+        "kl_k3": float(experience.sums(k3).mean()),
+        "kl_per_token": float(k1.mean()),
         "advantage_std": float(experience.advantages.std(unbiased=False)),
         "explained_variance": float(1 - unexplained / experience.returns.var(unbiased=False).clamp(min=1e-8)),
-        "response_length": float(experience.response_lengths.float().mean()),
-        "eos_rate": sum(why != "length" for why in responses.finish) / max(len(responses), 1),
         **mismatch(experience),
     }
+
+
+# The stage ------------------------------------------------------------------------------------------------------------
 
 
 def train_ppo(
@@ -307,47 +333,45 @@ def train_ppo(
         folder/evaluation.json the comparison on held-out prompts.
     """
     world = init_world(engine)
-    prompts = load_prompts(config.prompts, tokenizer, config.prompt_rule, metrics)
+    prompts = load_prompts("ppo.prompts", config.prompts, tokenizer, config.prompt_rule, metrics)
     ptx = ptx_batches(config, tokenizer, metrics, seed)
     actors = make_actors(
+        config,
         policy=policy,
         reference=reference,
         reward=reward,
-        reward_function=config.reward_function,
+        longest_prompt=max(map(len, prompts)),
         tokenizer=tokenizer,
-        sampling=Sampling(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed),
         engine=engine,
-        policy_optimizer=config.policy_optimizer,
-        critic_optimizer=config.critic_optimizer,
-        steps=config.updates * config.epochs * config.minibatches,
+        seed=seed,
         world=world,
     )
-    sampler = EpochSampler(len(prompts), config.batch_size // config.samples_per_prompt, seed=seed)
     ema = Ema(actors.policy, config.ema_decay) if config.ema_decay else None
-    controller = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-    state = {"kl_coef": controller.coef}
+    held_out = HeldOut(config, actors, ema, tokenizer=tokenizer, metrics=metrics, folder=folder)
+    draw = draws(len(prompts), config.batch_size // config.samples_per_prompt, seed=seed)
+    controller = KLController(config.kl_target, config.kl_horizon)
+    state = {"kl_coef": config.kl_coef}
 
     def step(k: int) -> tuple[dict[str, float], int]:
-        controller.coef = state["kl_coef"]
         watch = Stopwatch()
-        chosen = [prompts[i] for i in sampler.batch(k)]
-        responses = respond(actors, chosen, config.samples_per_prompt, first_id=k * config.batch_size)
-        watch.lap("rollout")
-        experience, responses = make_experience(actors, responses, config, kl_coef=controller.coef)
+        asked = [prompts[i] for i in draw(k)]
+        n, first_id = config.samples_per_prompt, k * config.batch_size
+        responses = respond(actors.policy, asked, actors.sampling, n=n, first_id=first_id)
+        watch.lap("rollout", responses.tokens)
+        numbers = {"response_length": responses.tokens / len(responses), "eos_rate": responses.eos_rate}
+        responses = finished(responses) if config.truncated == "drop" else responses
+        experience = make_experience(actors, responses, config, kl_coef=state["kl_coef"])
         watch.lap("experience")
-        numbers = describe(experience, responses) | {"kl_coef": controller.coef}
+        numbers |= describe(experience) | {"kl_coef": state["kl_coef"]}
         numbers |= update(actors, experience, ptx, config, seed=seed, step=k)
-        watch.lap("training")
+        watch.lap("training", experience.tokens.numel() * config.epochs)
         if ema is not None:
             ema.update()
-        controller.update(numbers["kl"], len(experience))
-        state["kl_coef"] = controller.coef
-        numbers |= watch.numbers(rollout=len(experience.logprobs), training=len(experience.tokens) * config.epochs)
+        state["kl_coef"] = controller.next(state["kl_coef"], numbers["kl"], len(experience))
         if config.sample_every and k % config.sample_every == 0:
             metrics.samples(k + 1, sample_rows(responses, experience.scores, tokenizer))
-        return numbers, len(experience.tokens)
+        return numbers | watch.numbers, experience.tokens.numel()
 
-    held_out = HeldOut(config, actors, ema, tokenizer, metrics, folder)
     run_steps(
         config.updates,
         step,
@@ -361,105 +385,27 @@ def train_ppo(
         after=held_out.every,
     )
     held_out.end()
+    save(actors, ema, folder, tokenizer)
+    actors.close()
+    return folder / "model"
+
+
+def ptx_batches(
+    config: PPOConfig, tokenizer: Tokenizer, metrics: Metrics, seed: int
+) -> Callable[[int], Sequences] | None:
+    """k -> the pretraining examples of the k-th minibatch; None for plain PPO."""
+    if not config.ptx_coef:
+        return None
+    examples = load_texts("ppo.ptx_data", config.ptx_data, tokenizer, config.ptx_tokens, metrics)
+    count = max(1, config.ptx_per_episode * config.batch_size // config.minibatches)
+    draw = draws(len(examples), min(count, len(examples)), seed=seed)
+    return lambda k: examples.select(draw(k))
+
+
+def save(actors: Actors, ema: Ema | None, folder: Path, tokenizer: Tokenizer) -> None:
+    """The critic, the moving average and the policy as Hugging Face checkpoints; the policy last, as its folder says all is done."""
     save_model(actors.critic, folder / "critic", tokenizer, kind="scalar")
     if ema is not None:
         with ema.swapped():
             save_model(actors.policy, folder / "ema", tokenizer)
-    return save_model(actors.policy, folder / "model", tokenizer)
-
-
-def ptx_batches(config: PPOConfig, tokenizer: Tokenizer, metrics: Metrics, seed: int) -> Callable[[int], Sequences] | None:
-    """k -> the pretraining examples of the k-th minibatch; None for plain PPO."""
-    if not config.ptx_coef:
-        return None
-    chunks = load_texts(config.ptx_data, tokenizer, config.ptx_tokens, metrics)
-    size = min(config.ptx_per_episode * (config.batch_size // config.minibatches), len(chunks))
-    sampler = EpochSampler(len(chunks), size, seed=seed)
-    return lambda k: chunks.select(sampler.batch(k))
-
-
-class HeldOut:
-    """Compares the start policy with the trained one, and its moving average, on held-out prompts and pretraining text."""
-
-    def __init__(
-        self, config: PPOConfig, actors: Actors, ema: Ema | None, tokenizer: Tokenizer, metrics: Metrics, folder: Path
-    ) -> None:
-        self.config, self.actors, self.ema = config, actors, ema
-        self.tokenizer, self.metrics, self.folder = tokenizer, metrics, folder
-        self.prompts = (
-            load_prompts(config.eval_prompts, tokenizer, config.prompt_rule, metrics) if config.eval_prompts.path else []
-        )
-        has_text = bool(config.ptx_eval_data.path)
-        self.text = load_texts(config.ptx_eval_data, tokenizer, config.ptx_tokens, metrics) if has_text else None
-
-    def begin(self) -> None:
-        """Before the first step: how the start policy does. Kept in a file for a run that is resumed."""
-        numbers = self._perplexity()
-        if self.prompts:
-            start = Evaluation.run(self.actors, self.prompts, self.tokenizer)
-            self._keep(start, "start")
-            numbers |= start.numbers(start)
-        self._write({"start": numbers})
-        self.metrics.log(0, {f"eval/{name}": value for name, value in numbers.items()})
-
-    def every(self, done: int) -> None:
-        if self.config.eval_every and done % self.config.eval_every == 0 and done < self.config.updates:
-            self.metrics.log(done, {f"eval/{name}": value for name, value in self._compare("policy").items()})
-
-    def end(self) -> None:
-        """After the last step: evaluation.json, and start and trained answers side by side."""
-        table = json.loads(self.path.read_text(encoding="utf-8")) | {"policy": self._compare("policy")}
-        if self.ema is not None:
-            with self.ema.swapped():
-                table["ema"] = self._compare("ema")
-        self.metrics.log(self.config.updates, {f"eval/{name}": value for name, value in table["policy"].items()})
-        self._write(table)
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "evaluation.json"
-
-    def _write(self, table: dict[str, dict[str, float]]) -> None:
-        if self.actors.world.is_main:
-            self.path.write_text(json.dumps(table, indent=1), encoding="utf-8")
-        self.actors.world.barrier()
-
-    def _keep(self, evaluation: Evaluation, who: str) -> None:
-        if self.actors.world.is_main:
-            evaluation.save(self.folder / f"{who}.json")
-        self.actors.world.barrier()
-
-    def _compare(self, who: str) -> dict[str, float]:
-        numbers = self._perplexity()
-        if not self.prompts:
-            return numbers
-        start = Evaluation.load(self.folder / "start.json")
-        now = Evaluation.run(self.actors, self.prompts, self.tokenizer)
-        self._keep(now, who)
-        pairs = zip(start.prompts, start.responses, start.scores, now.responses, now.scores, strict=True)
-        names = ("prompt", "start", "start score", who, f"{who} score")
-        self.metrics.samples(self.actors.policy.steps, [dict(zip(names, pair, strict=True)) for pair in pairs][:8])
-        return numbers | now.numbers(start)
-
-    def _perplexity(self) -> dict[str, float]:
-        """Of the policy on held-out pretraining text."""
-        if self.text is None:
-            return {}
-        return {"ptx_perplexity": perplexity(evaluate_language_model(self.actors.policy, self.text, self.actors.budget))}
-
-
-class Stopwatch:
-    """Seconds of each phase of an update."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
-
-    def numbers(self, **tokens: int) -> dict[str, float]:
-        """seconds/<phase> of all, tokens_per_second/<phase> of those whose tokens are given."""
-        rates = {f"tokens_per_second/{phase}": count / max(self.seconds[phase], 1e-9) for phase, count in tokens.items()}
-        return {f"seconds/{phase}": value for phase, value in self.seconds.items()} | rates
+    save_model(actors.policy, folder / "model", tokenizer)

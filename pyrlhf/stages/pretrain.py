@@ -10,8 +10,9 @@ from pyrlhf.engine import EngineConfig, OptimizerConfig, ZeroEngine, init_world
 from pyrlhf.engine.checkpoint import save_model
 from pyrlhf.metrics import Metrics
 from pyrlhf.model import CausalLM
+from pyrlhf.stages.checks import check_context, check_settings
 from pyrlhf.stages.inputs import load_texts
-from pyrlhf.stages.loop import backward_language_model, evaluate_language_model, perplexity, run_steps
+from pyrlhf.stages.loop import Sequences, evaluate_language_model, language_model_step, perplexity, run_steps
 
 
 @dataclass
@@ -37,30 +38,43 @@ class PretrainConfig:
     epochs: int = 1
     batch_size: int = 64
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=2.5e-4, eps=1e-8, weight_decay=0.01, schedule="cosine", warmup_steps=100)
+        default_factory=lambda: OptimizerConfig(
+            lr=2.5e-4, eps=1e-8, weight_decay=0.01, schedule="cosine", warmup_steps=100
+        )
     )
     eval_every: int = 0
     save_every: int = 500
 
+    def __post_init__(self) -> None:
+        least = {"context": 2, "epochs": 1, "batch_size": 1, "eval_every": 0, "save_every": 0}
+        check_settings("pretrain", self, at_least=least)
+
 
 def train_pretrain(
-    config: PretrainConfig, *, model: Path, tokenizer: Tokenizer, engine: EngineConfig, seed: int, folder: Path, metrics: Metrics
+    config: PretrainConfig,
+    *,
+    model: Path,
+    tokenizer: Tokenizer,
+    engine: EngineConfig,
+    seed: int,
+    folder: Path,
+    metrics: Metrics,
 ) -> Path:
     """Train the language model in `model` on text; returns folder/model, a Hugging Face checkpoint."""
-    world = init_world(engine)
-    data = load_texts(config.data, tokenizer, config.context, metrics, join=config.join)
-    held_out = load_texts(config.eval_data, tokenizer, config.context, metrics, join=config.join) if config.eval_data.path else None
+    world, budget = init_world(engine), engine.tokens_per_microbatch
+
+    def load(name: str, source: DataConfig) -> Sequences:
+        return load_texts(f"pretrain.{name}", source, tokenizer, config.context, metrics, join=config.join)
+
+    data = load("data", config.data)
+    held_out = load("eval_data", config.eval_data) if config.eval_data.path else None
     sampler = EpochSampler(len(data), min(config.batch_size, len(data)), seed=seed)
     total = config.epochs * sampler.steps_per_epoch
     policy = ZeroEngine(CausalLM.from_pretrained(model), world, engine, config.optimizer, total)
-    budget = engine.tokens_per_microbatch
+    check_context("pretrain.context", data.longest, policy.module.config)
 
     def step(k: int) -> tuple[dict[str, float], int]:
-        batch = data.select(sampler.batch(k))
-        loss = backward_language_model(policy, batch, budget)
-        report = policy.step()
-        numbers = {"loss": loss, "perplexity": perplexity(loss), "grad_norm": report.grad_norm, "lr": report.lr}
-        return numbers | {"skipped_steps": float(policy.skipped_steps)}, sum(map(len, batch.tokens))
+        return language_model_step(policy, data.select(sampler.batch(k)), budget)
 
     def after(done: int) -> None:
         if held_out is not None and (done == total or (config.eval_every and done % config.eval_every == 0)):
@@ -77,4 +91,6 @@ def train_pretrain(
         save_every=config.save_every,
         after=after,
     )
-    return save_model(policy, folder / "model", tokenizer)
+    save_model(policy, folder / "model", tokenizer)
+    policy.close()
+    return folder / "model"

@@ -12,9 +12,11 @@ import torch
 from pyrlhf.data import DataConfig, EncodedRanking, EpochSampler, LengthRule, Tokenizer, pack_groups, share_by_tokens
 from pyrlhf.engine import EngineConfig, OptimizerConfig, ZeroEngine, init_world
 from pyrlhf.engine.checkpoint import save_model
+from pyrlhf.evaluate import reward_accuracy, score_rankings
 from pyrlhf.metrics import Metrics
 from pyrlhf.model import ScalarModel
 from pyrlhf.rlhf.losses import RankedBatch, reward_model_loss
+from pyrlhf.stages.checks import check_context, check_settings
 from pyrlhf.stages.inputs import load_demonstrations, load_rankings
 from pyrlhf.stages.loop import run_steps
 
@@ -51,38 +53,40 @@ class RewardConfig:
     eval_every: int = 0
     save_every: int = 500
 
+    def __post_init__(self) -> None:
+        check_settings("reward", self, at_least={"epochs": 1, "batch_size": 1, "eval_every": 0, "save_every": 0})
+
 
 def train_reward(
-    config: RewardConfig, *, model: Path, tokenizer: Tokenizer, engine: EngineConfig, seed: int, folder: Path, metrics: Metrics
+    config: RewardConfig,
+    *,
+    model: Path,
+    tokenizer: Tokenizer,
+    engine: EngineConfig,
+    seed: int,
+    folder: Path,
+    metrics: Metrics,
 ) -> Path:
-    """Train a scalar head on the language model in `model`, and all of its trunk; returns folder/model.
-
-    """
-    world = init_world(engine)
+    """Train a scalar head on the language model in `model`, and all of its trunk; returns folder/model, a Hugging Face checkpoint."""
+    world, budget = init_world(engine), engine.tokens_per_microbatch
     rules = (config.prompt, config.response, metrics)
-    rankings = load_rankings(config.data, tokenizer, *rules)
-    held_out = load_rankings(config.eval_data, tokenizer, *rules) if config.eval_data.path else []
+    rankings = load_rankings("reward.data", config.data, tokenizer, *rules)
+    held_out = load_rankings("reward.eval_data", config.eval_data, tokenizer, *rules) if config.eval_data.path else []
+    good = demonstrations(config, rankings, tokenizer, metrics)
     sampler = EpochSampler(len(rankings), min(config.batch_size, len(rankings)), seed=seed)
     total = config.epochs * sampler.steps_per_epoch
     reward = ZeroEngine(ScalarModel.from_causal_lm(model, seed=seed), world, engine, config.optimizer, total)
+    longest = max(len(r.prompt) + max(map(len, r.answers)) for r in rankings)
+    check_context("reward.prompt, reward.response", longest, reward.module.config)
 
     def step(k: int) -> tuple[dict[str, float], int]:
-        batch = [rankings[i] for i in sampler.batch(k)]
-        loss, right, pairs = 0.0, 0.0, 0.0
-        for groups, idle, last in micro_groups(batch, engine.tokens_per_microbatch, reward):
-            part, stats = reward_model_loss(reward, groups, 0.0 if idle else 1.0 / len(batch))
-            reward.backward(part, last=last)
-            if not idle:
-                loss += float(part.detach())
-                right, pairs = right + float(stats.accuracy * stats.pairs), pairs + float(stats.pairs)
-        report = reward.step()
-        loss, right, pairs = (world.sum(x) for x in (loss, right, pairs))
-        numbers = {"loss": loss, "accuracy": right / pairs, "pairs": pairs, "grad_norm": report.grad_norm, "lr": report.lr}
-        return numbers | {"skipped_steps": float(reward.skipped_steps)}, sum(map(tokens_of, batch))
+        return reward_step(reward, [rankings[i] for i in sampler.batch(k)], budget)
 
     def after(done: int) -> None:
         if held_out and (done == total or (config.eval_every and done % config.eval_every == 0)):
-            metrics.log(done, {f"eval/{k}": v for k, v in accuracy(reward, held_out, engine.tokens_per_microbatch).items()})
+            found = reward_accuracy(reward, held_out, tokens_per_batch=budget, world=world)
+            numbers = {"eval/loss": found.loss, "eval/accuracy": found.accuracy, "eval/pairs": found.pairs}
+            metrics.log(done, numbers | {f"eval/accuracy_k{k}": accuracy for k, (accuracy, _) in found.by_k.items()})
 
     run_steps(
         total,
@@ -94,8 +98,25 @@ def train_reward(
         save_every=config.save_every,
         after=after,
     )
-    calibrate(config, reward, rankings, tokenizer, engine.tokens_per_microbatch, metrics)
-    return save_model(reward, folder / "model", tokenizer, kind="scalar")
+    if good:
+        metrics.log(total, calibrate(reward, good, budget, gain=config.calibrate == "bias_and_gain"))
+    save_model(reward, folder / "model", tokenizer, kind="scalar")
+    reward.close()
+    return folder / "model"
+
+
+def reward_step(engine: ZeroEngine, batch: Sequence[EncodedRanking], budget: int) -> tuple[dict[str, float], int]:
+    """One optimizer step on the mean ranking loss of a batch of prompts; its numbers and tokens."""
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    for groups, idle, last in micro_groups(batch, budget, engine):
+        loss, stats = reward_model_loss(engine, groups, 0.0 if idle else 1.0 / len(batch))
+        engine.backward(loss, last=last)
+        if not idle:
+            sums += torch.stack([loss.detach(), stats.accuracy * stats.pairs, stats.pairs])
+    report = engine.step()
+    mean, right, pairs = engine.world.sum(sums).tolist()
+    numbers = {"loss": mean, "accuracy": right / pairs, "pairs": pairs, "grad_norm": report.grad_norm, "lr": report.lr}
+    return numbers, sum(map(tokens_of, batch))
 
 
 def tokens_of(ranking: EncodedRanking) -> int:
@@ -110,9 +131,8 @@ def micro_groups(
     batch: Sequence[EncodedRanking], budget: int, engine: ZeroEngine
 ) -> Iterator[tuple[RankedBatch, bool, bool]]:
     """This rank's prompts with their answers, in micro-batches of at most `budget` tokens: (groups, idle, last)."""
-    plan = share_by_tokens(
-        [tokens_of(r) for r in batch], budget, rank=engine.world.rank, world_size=engine.world.size
-    )
+    world = engine.world
+    plan = share_by_tokens([tokens_of(r) for r in batch], budget, rank=world.rank, world_size=world.size)
     for i, indices in enumerate(plan):
         yield rank_batch([batch[j] for j in indices] or [IDLE], engine.device), not indices, i == len(plan) - 1
 
@@ -124,52 +144,29 @@ def rank_batch(rankings: Sequence[EncodedRanking], device: torch.device) -> Rank
     return RankedBatch(groups.batch, groups.last, groups.cu_groups, ranks)
 
 
-def scores_of(engine: ZeroEngine, rankings: Sequence[EncodedRanking], budget: int) -> list[list[float]]:
-    """The model's score of every answer, prompt by prompt, the same on every rank."""
-    world, found = engine.world, dict[int, list[float]]()
-    plan = share_by_tokens([tokens_of(r) for r in rankings], budget, rank=world.rank, world_size=world.size)
-    with torch.no_grad():
-        for indices in plan:
-            members = [rankings[i] for i in indices] or [IDLE]
-            packed = rank_batch(members, engine.device)
-            place = packed.packed
-            scores = engine(place.tokens, place.positions, place.cu_seqlens, place.prefix, rows=packed.last_tokens)
-            parts = scores.float().cpu().split([len(r.answers) for r in members])
-            found |= dict(zip(indices, (p.tolist() for p in parts), strict=False))
-    for part in world.gather(found):
-        found |= part
-    return [found[i] for i in range(len(rankings))]
-
-
-def accuracy(engine: ZeroEngine, rankings: Sequence[EncodedRanking], budget: int) -> dict[str, float]:
-    """Share of pairs put in the right order, and the loss, over held-out rankings."""
-    from pyrlhf import ops
-
-    scores = torch.tensor([s for group in scores_of(engine, rankings, budget) for s in group])
-    cu_groups = torch.tensor([0, *[len(r.answers) for r in rankings]]).cumsum(0).int()
-    ranks = torch.tensor([rank for r in rankings for rank in r.ranks], dtype=torch.int32)
-    loss, stats = ops.ranking_loss(scores, cu_groups, ranks)
-    return {"loss": float(loss), "accuracy": float(stats.accuracy), "pairs": float(stats.pairs)}
-
-
-def calibrate(
-    config: RewardConfig,
-    engine: ZeroEngine,
-    rankings: Sequence[EncodedRanking],
-    tokenizer: Tokenizer,
-    budget: int,
-    metrics: Metrics,
-) -> None:
-    """Move (and scale) the scores so that demonstrations have mean 0 (and variance 1)."""
+def demonstrations(
+    config: RewardConfig, rankings: Sequence[EncodedRanking], tokenizer: Tokenizer, metrics: Metrics
+) -> list[EncodedRanking]:
+    """The answers that the scores are calibrated on, as groups of a prompt; none where nothing is calibrated."""
     if config.calibrate == "none":
-        return
-    if config.demonstrations.path:
-        examples = load_demonstrations(config.demonstrations, tokenizer, config.prompt, config.response, metrics)
-        good = [
-            EncodedRanking(tokens[:p], [tokens[p:]], (0,)) for tokens, p in zip(examples.tokens, examples.prompt_lengths, strict=True)
-        ]
-    else:
-        good = [EncodedRanking(r.prompt, [a for a, rank in zip(r.answers, r.ranks, strict=True) if rank == min(r.ranks)], (0,)) for r in rankings]
-    scores = torch.tensor([s for group in scores_of(engine, good, budget) for s in group])
-    std = float(scores.std(unbiased=False))
-    engine.module.calibrate(float(scores.mean()), std if config.calibrate == "bias_and_gain" else None)
+        return []
+    if not config.demonstrations.path:
+        return [EncodedRanking(r.prompt, best_answers(r), (0,)) for r in rankings]
+    rules = (config.prompt, config.response, metrics)
+    found = load_demonstrations("reward.demonstrations", config.demonstrations, tokenizer, *rules)
+    pairs = zip(found.tokens, found.prompt_lengths, strict=True)
+    return [EncodedRanking(tokens[:p], [tokens[p:]], (0,)) for tokens, p in pairs]
+
+
+def best_answers(ranking: EncodedRanking) -> list[list[int]]:
+    best = min(ranking.ranks)
+    return [answer for answer, rank in zip(ranking.answers, ranking.ranks, strict=True) if rank == best]
+
+
+def calibrate(engine: ZeroEngine, good: Sequence[EncodedRanking], budget: int, *, gain: bool) -> dict[str, float]:
+    """Move (and with `gain` scale) the scores so that those of `good` have mean 0 (and variance 1); what they were before."""
+    groups = score_rankings(engine, good, tokens_per_batch=budget, world=engine.world)
+    scores = torch.tensor([score for group in groups for score in group], dtype=torch.float64)
+    mean, std = float(scores.mean()), float(scores.std(unbiased=False))
+    engine.module.calibrate(mean, std if gain else None)
+    return {"calibration/mean": mean, "calibration/std": std, "calibration/answers": len(scores)}

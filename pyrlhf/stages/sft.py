@@ -12,10 +12,11 @@ from pyrlhf.engine import EngineConfig, HybridEngine, OptimizerConfig, ZeroEngin
 from pyrlhf.engine.checkpoint import save_model
 from pyrlhf.metrics import Metrics
 from pyrlhf.model import CausalLM, ScalarModel
-from pyrlhf.rlhf.experience import Responses, score_responses
 from pyrlhf.rollout import Sampling
+from pyrlhf.stages.actors import model_scores, respond, stop_ids
+from pyrlhf.stages.checks import check_context, check_settings
 from pyrlhf.stages.inputs import load_demonstrations
-from pyrlhf.stages.loop import Sequences, backward_language_model, evaluate_language_model, perplexity, run_steps
+from pyrlhf.stages.loop import evaluate_language_model, language_model_step, perplexity, run_steps
 
 
 @dataclass
@@ -47,6 +48,9 @@ class SFTConfig:
     max_new_tokens: int = 256
     save_every: int = 500
 
+    def __post_init__(self) -> None:
+        check_settings("sft", self, at_least={"epochs": 1, "batch_size": 1, "max_new_tokens": 1, "save_every": 0})
+
 
 def train_sft(
     config: SFTConfig,
@@ -60,25 +64,23 @@ def train_sft(
     reward_model: Path | None = None,
 ) -> Path:
     """Train the language model in `model` on demonstrations; returns folder/model, the chosen epoch as a Hugging Face checkpoint."""
-    world = init_world(engine)
-    data = load_demonstrations(config.data, tokenizer, config.prompt, config.response, metrics)
+    world, budget = init_world(engine), engine.tokens_per_microbatch
+    rules = (config.prompt, config.response, metrics)
+    data = load_demonstrations("sft.data", config.data, tokenizer, *rules)
     held_out = (
-        load_demonstrations(config.eval_data, tokenizer, config.prompt, config.response, metrics) if config.eval_data.path else None
+        load_demonstrations("sft.eval_data", config.eval_data, tokenizer, *rules) if config.eval_data.path else None
     )
     sampler = EpochSampler(len(data), min(config.batch_size, len(data)), seed=seed)
     total = config.epochs * sampler.steps_per_epoch
     policy = HybridEngine(CausalLM.from_pretrained(model), engine, config.optimizer, total, world=world)
+    check_context("sft.prompt, sft.response", data.longest, policy.module.config)
     path = config.reward_model or reward_model
-    judge = ZeroEngine(ScalarModel.from_pretrained(path), world, engine) if path else None
-    budget = engine.tokens_per_microbatch
-    state: dict[str, Any] = {"best": -math.inf, "best_step": 0}
+    judge = ZeroEngine(ScalarModel.from_pretrained(path), world, engine) if path and held_out is not None else None
+    sampling = Sampling(config.max_new_tokens, seed=seed, stop_ids=stop_ids(tokenizer))
+    state: dict[str, Any] = {"best": {"merit": -math.inf, "step": 0}}
 
     def step(k: int) -> tuple[dict[str, float], int]:
-        batch = data.select(sampler.batch(k))
-        loss = backward_language_model(policy, batch, budget)
-        report = policy.step()
-        numbers = {"loss": loss, "perplexity": perplexity(loss), "grad_norm": report.grad_norm, "lr": report.lr}
-        return numbers | {"skipped_steps": float(policy.skipped_steps)}, sum(map(len, batch.tokens))
+        return language_model_step(policy, data.select(sampler.batch(k)), budget)
 
     def after(done: int) -> None:
         if held_out is None or done % sampler.steps_per_epoch:
@@ -86,10 +88,11 @@ def train_sft(
         loss = evaluate_language_model(policy, held_out, budget)
         merit, numbers = -loss, {"eval/loss": loss, "eval/perplexity": perplexity(loss)}
         if judge is not None:
-            merit = numbers["eval/reward"] = mean_reward(policy, judge, held_out, config.max_new_tokens, seed, tokenizer, budget)
+            responses = respond(policy, held_out.prompts, sampling)
+            merit = numbers["eval/reward"] = float(model_scores(judge, tokenizer, budget)(responses).mean())
         metrics.log(done, numbers)
-        if merit > state["best"]:
-            state.update(best=merit, best_step=done)
+        if merit > state["best"]["merit"]:
+            state["best"] = {"merit": merit, "step": done}
             save_model(policy, folder / "model", tokenizer)
 
     run_steps(
@@ -103,17 +106,10 @@ def train_sft(
         state=state,
         after=after,
     )
-    if held_out is None or not math.isfinite(state["best"]):
-        return save_model(policy, folder / "model", tokenizer)
-    metrics.note(f"kept epoch {state['best_step'] // sampler.steps_per_epoch} of {config.epochs}")
+    if state["best"]["step"]:
+        metrics.note(f"kept epoch {state['best']['step'] // sampler.steps_per_epoch} of {config.epochs}")
+    else:
+        save_model(policy, folder / "model", tokenizer)
+    for used in filter(None, (policy, judge)):
+        used.close()
     return folder / "model"
-
-
-def mean_reward(
-    policy: HybridEngine, judge: ZeroEngine, data: Sequences, max_new_tokens: int, seed: int, tokenizer: Tokenizer, budget: int
-) -> float:
-    """The reward model's mean score of one sampled answer to each held-out prompt."""
-    prompts = [tokens[:length] for tokens, length in zip(data.tokens, data.prompt_lengths, strict=True)]
-    rollouts = policy.generate(prompts, Sampling(max_new_tokens=max_new_tokens, seed=seed), n=1)
-    scores = score_responses(judge, Responses.of(rollouts), world=policy.world, budget=budget, eos_id=tokenizer.eos_id)
-    return float(scores.mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -31,21 +33,19 @@ def test_unknown_estimator_is_named() -> None:
 
 
 def test_adaptive_controller_moves_towards_its_target_with_a_clipped_error() -> None:
-    controller = KLController(0.1, target=6.0, horizon=1000)
-    controller.update(60.0, episodes=100)
-    assert controller.coef == pytest.approx(0.1 * (1 + 0.2 * 100 / 1000))
-    before = controller.coef
-    controller.update(5.4, episodes=100)
-    assert controller.coef == pytest.approx(before * (1 - 0.1 * 100 / 1000))
+    controller = KLController(target=6.0, horizon=1000)
+    assert controller.next(0.1, 60.0, episodes=100) == pytest.approx(0.1 * (1 + 0.2 * 100 / 1000))
+    assert controller.next(0.3, 5.4, episodes=100) == pytest.approx(0.3 * (1 - 0.1 * 100 / 1000))
+    assert controller.next(0.3, math.nan, episodes=100) == 0.3
+    assert controller.next(0.3, 0.0, episodes=100_000) == 0.0  # never negative, whatever the batch
 
 
 def test_fixed_controller_stays() -> None:
-    controller = KLController(0.02)
-    controller.update(100.0, episodes=512)
-    assert controller.coef == 0.02
+    assert KLController().next(0.02, 100.0, episodes=512) == 0.02
 
 
-@pytest.mark.parametrize("bad", [{"coef": -1.0}, {"coef": 0.1, "target": 0.0}, {"coef": 0.1, "horizon": 0}])
+@pytest.mark.parametrize("bad", [{"target": 0.0}, {"target": -1.0}, {"target": math.nan}, {"horizon": 0}])
 def test_wrong_settings_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="found"):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"kl_{name}: expected .* found"):
         KLController(**bad)  # type: ignore[arg-type]

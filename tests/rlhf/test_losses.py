@@ -67,7 +67,9 @@ def whole_sequences(groups: list[tuple[list[int], list[list[int]]]], ranks: list
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_answers_that_share_their_prompt_score_and_learn_like_separate_sequences(positions: str) -> None:
-    config = ModelConfig(vocab_size=31, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64, positions=positions)
+    config = ModelConfig(
+        vocab_size=31, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, max_positions=64, positions=positions
+    )
     results = []
     for batch in (shared_prompts(GROUPS, RANKS), whole_sequences(GROUPS, RANKS)):
         model = ScalarModel(config, seed=3)
@@ -90,7 +92,8 @@ def test_reward_model_loss_is_instruct_gpts_formula() -> None:
         losses.append(-sum(torch.nn.functional.logsigmoid(scores[i] - scores[j]) for i, j in pairs) / len(pairs))
     loss, stats = reward_model_loss(model, batch, 1 / 3)
     assert float(loss) == pytest.approx(float(sum(losses) / 3), rel=1e-5)
-    assert float(stats.pairs) == 5 + 1 + 1 and float(stats.groups) == 3
+    assert float(stats.pairs) == 5 + 1 + 1
+    assert float(stats.groups) == 3
 
 
 def test_whitening() -> None:
