@@ -96,7 +96,7 @@ def test_perplexity_weighs_every_token_the_same() -> None:
     total, count = 0.0, 0
     for ids in sequences:
         logits = model.logits(model(*sequence(ids))).double().log_softmax(-1)
-        total -= float(sum(logits[i, ids[i + 1]] for i in range(len(ids) - 1)))
+        total -= sum(logits[i, ids[i + 1]].item() for i in range(len(ids) - 1))
         count += len(ids) - 1
     for budget in (1, 6, 1000):
         found = perplexity(model, sequences, tokens_per_batch=budget)

@@ -42,7 +42,9 @@ def test_nonfinite_numbers_are_null_and_named(tmp_path: Path) -> None:
     (line,) = strict(metrics.path)
     assert (line["loss"], line["kl"], line["reward"], line["nonfinite"]) == (None, None, 1.0, ["loss", "kl"])
     (row,) = strict(metrics.samples_path)
-    assert row["score"] is None and row["nonfinite"] == ["score"] and row["response"] == "x"
+    assert row["score"] is None
+    assert row["nonfinite"] == ["score"]
+    assert row["response"] == "x"
 
 
 def test_tensors_of_one_element_are_numbers(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_tensors_of_one_element_are_numbers(tmp_path: Path) -> None:
 
 
 def test_what_is_no_number_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="'loss'.*str"):
+    with pytest.raises(TypeError, match=r"'loss'.*str"):
         Metrics(tmp_path, "sft").log(0, {"loss": "low"})
 
 
@@ -101,7 +103,9 @@ def test_without_a_terminal_a_short_stage_prints_one_line(tmp_path: Path, capsys
             bar.advance(tokens=100)
             metrics.log(step, {"loss": 1.5, "other": 3.0})
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("SFT 50/50") and "tok/s" in line and line.endswith("loss 1.5")
+    assert line.startswith("SFT 50/50")
+    assert "tok/s" in line
+    assert line.endswith("loss 1.5")
 
 
 def test_without_a_terminal_lines_thin_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +143,10 @@ def test_in_a_terminal_bars_nest_and_show_the_live_line(tmp_path: Path, monkeypa
         metrics.log(0, {"reward": 0.25, "kl": 3.0})
         bar.advance(tokens=80)
     text = out.getvalue()
-    assert "PPO" in text and "2/2" in text and "tok/s" in text and "reward 0.25 · kl 3" in text
+    assert "PPO" in text
+    assert "2/2" in text
+    assert "tok/s" in text
+    assert "reward 0.25 · kl 3" in text
     assert "[rollout]" in text
 
 
@@ -147,7 +154,9 @@ def test_samples_cannot_drive_the_terminal(tmp_path: Path, capsys: pytest.Captur
     metrics = Metrics(tmp_path, "ppo")
     metrics.samples(0, [{"response": f"\x1b[31m[red]{i}[/red]", "reward": 0.5} for i in range(9)])
     printed = capsys.readouterr().out
-    assert "\x1b" not in printed and "[red]0[/red]" in printed and "[red]8[/red]" not in printed
+    assert "\x1b" not in printed
+    assert "[red]0[/red]" in printed
+    assert "[red]8[/red]" not in printed
     assert len(strict(metrics.samples_path)) == 9
     assert strict(metrics.samples_path)[0]["response"] == "\x1b[31m[red]0[/red]"
 
@@ -194,7 +203,8 @@ def test_quiet_sends_everything_but_the_console_to_the_log(tmp_path: Path) -> No
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         check=True,
     )
-    assert done.stdout == "for [you]\nafter\n" and done.stderr == ""
+    assert done.stdout == "for [you]\nafter\n"
+    assert done.stderr == ""
     kept = (tmp_path / "deep" / "log.txt").read_text()
     assert all(part in kept for part in ("python noise", "C++ noise", "warned", "logged", "for [you]"))
 
