@@ -351,15 +351,20 @@ def text_blocks(records: Iterable[Text], tokenizer: Tokenizer, context: int, *, 
     """Documents -> sequences of at most ``context`` ids for next-token training, BOS first where the tokenizer adds one.
 
     With ``join`` documents run on, each closed with EOS, and are cut every ``context`` ids, as GPT-2 was trained: a block
-    may hold the end of one document and the start of the next. Without, a sequence never crosses documents. A last piece
-    of one id has nothing to predict and is left out. Raises ValueError for a context under 2 or a tokenizer without EOS.
+    may hold the end of one document and the start of the next. Without, a sequence never crosses documents; nor do
+    documents that are cut off, which have no EOS. A last piece of one id has nothing to predict and is left out.
+    Raises ValueError for a context under 2 or a tokenizer without EOS.
     """
     if context < 2:
         raise ValueError(f"context: expected at least 2 tokens, found {context}")
     bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    documents = [bos + tokenizer.encode_response(record.text, follows=False) for record in records]
-    if join:
-        documents = [[token for document in documents for token in document]]
+    documents: list[list[int]] = [[]]
+    for record in records:
+        ids = bos + tokenizer.encode_response(record.text, follows=False, eos=not record.cut_off)
+        if join and not record.cut_off:
+            documents[0] += ids
+        else:
+            documents.append(ids)
     blocks = [document[i : i + context] for document in documents for i in range(0, len(document), context)]
     return [block for block in blocks if len(block) > 1]
 

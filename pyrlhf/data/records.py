@@ -57,10 +57,11 @@ Messages = tuple[Message, ...]
 
 @dataclass(frozen=True)
 class Text:
-    """One document for next-token training."""
+    """One document for next-token training, or with ``cut_off`` a piece of one that goes on where the text stops."""
 
     text: str
     source: str = ""
+    cut_off: bool = False
 
     def __post_init__(self) -> None:
         _check_text("text", self.text)
@@ -143,6 +144,7 @@ class DataConfig:
             "labelled_lines" are lines ``label sentence``; as rankings they give one sentence of each class.
         fields: Part of a record -> where it is in a row; see the head of this file.
         documents: What one document of a text file is.
+        cut_off: The texts stop before their end (samples that ran out of tokens), so that no EOS may follow them.
         dialogue: "human_assistant" if dialogues are texts of "\\n\\nHuman: " and "\\n\\nAssistant: " turns.
         chat: Make a plain prompt the message of a user, so that the chat template is used.
         best_first: The answers of a ranking are listed from best to worst; there are no ranks and no scores.
@@ -159,6 +161,7 @@ class DataConfig:
     format: Literal["auto", "jsonl", "json", "text", "labelled_lines", "dataset"] = "auto"
     fields: dict[str, str | list[str]] = field(default_factory=dict)
     documents: Literal["file", "paragraph", "line"] = "file"
+    cut_off: bool = False
     dialogue: Literal["messages", "human_assistant"] = "messages"
     chat: bool = False
     best_first: bool = False
@@ -285,7 +288,7 @@ def _read(
 
 
 def _text(config: DataConfig, row: Any) -> Text:
-    return Text(_part_text(config, row, "text"))
+    return Text(_part_text(config, row, "text"), cut_off=config.cut_off)
 
 
 def _prompt(config: DataConfig, row: Any) -> Prompt:

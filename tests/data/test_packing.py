@@ -252,6 +252,9 @@ def test_text_blocks(bytes_tokenizer: Tokenizer) -> None:
     assert shown == ["<|bos|>abcd", "<|eos|><|bos|>e<|eos|><|bos|>", "fgh<|eos|>"]
     shown = [t.decode(block, special=True) for block in text_blocks(records, t, 5, join=False)]
     assert shown == ["<|bos|>abcd", "<|bos|>e<|eos|>", "<|bos|>fgh<|eos|>"], "a lone EOS has nothing to predict"
+    pieces = [Text("abcdef", cut_off=True), Text("gh", cut_off=True)]
+    shown = [t.decode(block, special=True) for block in text_blocks(pieces, t, 5)]
+    assert shown == ["<|bos|>abcd", "ef", "<|bos|>gh"], "nothing closes a piece, and nothing runs on from it"
     with pytest.raises(ValueError, match="context: expected at least 2 tokens, found 1"):
         text_blocks(records, t, 1)
 
