@@ -263,11 +263,6 @@ def _run(args: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _demo(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    if args.output.exists() and any(args.output.iterdir()) and not (args.output / "data").is_dir():
-        raise OSError(
-            f"{args.output}: the demo empties its folder, and this one was not made by it; choose another --output"
-        )
-
     def run() -> None:
         from pyrlhf import demo
 

@@ -166,9 +166,7 @@ def test_mistakes_are_told_by_one_rank_only(
 # ---- demo -------------------------------------------------------------------------------------------------------------
 
 
-def test_demo_passes_its_options_and_spares_other_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_demo_passes_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pyrlhf import demo
 
     noted: dict[str, Any] = {}
@@ -176,11 +174,14 @@ def test_demo_passes_its_options_and_spares_other_folders(
     words = ["demo", "--quick", "--device", "cpu", "--seed", "5", "--output", str(tmp_path / "new")]
     assert cli.main(words) == 0
     assert noted == {"quick": True, "device": "cpu", "output": tmp_path / "new", "seed": 5}
-    noted.clear()
-    (tmp_path / "thesis.txt").write_text("do not lose")
-    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
-    assert not noted
+
+
+def test_demo_spares_folders_it_did_not_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "thesis.txt").write_text("do not lose")
+    assert cli.main(["demo", "--output", str(tmp_path / "mine")]) == 1
     assert "choose another --output" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not lose"
 
 
 # ---- help -------------------------------------------------------------------------------------------------------------
