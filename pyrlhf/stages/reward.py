@@ -164,9 +164,12 @@ def best_answers(ranking: EncodedRanking) -> list[list[int]]:
 
 
 def calibrate(engine: ZeroEngine, good: Sequence[EncodedRanking], budget: int, *, gain: bool) -> dict[str, float]:
-    """Move (and with `gain` scale) the scores so that those of `good` have mean 0 (and variance 1); what they were before."""
+    """Move (and with `gain` scale) the scores so that those of `good` have mean 0 (and variance 1); what they were before.
+
+    Scores that are all the same have no variance to scale to 1, and are only moved.
+    """
     groups = score_rankings(engine, good, tokens_per_batch=budget, world=engine.world)
     scores = torch.tensor([score for group in groups for score in group], dtype=torch.float64)
     mean, std = float(scores.mean()), float(scores.std(unbiased=False))
-    engine.module.calibrate(mean, std if gain else None)
+    engine.module.calibrate(mean, std if gain and std > 0 else None)
     return {"calibration/mean": mean, "calibration/std": std, "calibration/answers": len(scores)}

@@ -120,20 +120,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def logs(house: tiny.House, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """The lines of two updates under each option. Half of the vocabulary's bytes end a response, so that some end and some do not."""
+    """The lines of two updates under each option."""
     return {}
 
 
 @pytest.fixture
-def option(
-    house: tiny.House, logs: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def option(house: tiny.House, logs: dict[str, list[dict[str, Any]]], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """option(name) -> the lines of two updates under it, run once."""
 
     def lines(name: str) -> list[dict[str, Any]]:
         if name not in logs:
             folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
-            logs[name] = run(house, folder, model="chatty", batch_size=16, **OPTIONS[name])
+            logs[name] = run(house, folder, model="terse", batch_size=16, **OPTIONS[name])
         return logs[name]
 
     return lines
@@ -172,7 +170,8 @@ def test_rewards_are_clipped_and_whitened(option: Any) -> None:
     assert abs(clipped["reward_raw"]) > 0.05 or clipped["reward_std"] <= 0.05
     plain, white = option("no option")[0], option("whitened rewards")[0]
     assert white["reward"] == plain["reward"]
-    assert white["reward_with_kl"] != pytest.approx(plain["reward_with_kl"], rel=1e-2)
+    assert white["reward_with_kl"] == pytest.approx(plain["reward_with_kl"], rel=1e-4)  # the mean stays
+    assert white["advantage_std"] > 1.2 * plain["advantage_std"]  # rewards at one token in six vary by less than 1
 
 
 def test_the_critic_warms_up_alone(house: tiny.House, tmp_path: Path) -> None:
@@ -188,11 +187,15 @@ def test_the_critic_warms_up_alone(house: tiny.House, tmp_path: Path) -> None:
 def test_more_epochs_are_more_steps(house: tiny.House, tmp_path: Path) -> None:
     once = OptimizerConfig(lr=1e-3, schedule="linear")
     line = run(house, tmp_path, epochs=2, updates=1, policy_optimizer=once)[0]
-    assert line["lr"] == pytest.approx(1e-3 * (1 + 0.75 + 0.5 + 0.25) / 4)  # four steps, to an end that the schedule knows
+    assert line["lr"] == pytest.approx(
+        1e-3 * (1 + 0.75 + 0.5 + 0.25) / 4
+    )  # four steps, to an end that the schedule knows
 
 
 def test_samples_of_a_prompt_differ_and_the_last_prompts_fill_the_batch(house: tiny.House, tmp_path: Path) -> None:
-    run(house, tmp_path, samples_per_prompt=4, batch_size=24, updates=2, sample_every=1)  # 6 of the 10 prompts an update
+    run(
+        house, tmp_path, samples_per_prompt=4, batch_size=24, updates=2, sample_every=1
+    )  # 6 of the 10 prompts an update
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 16
     assert len({row["prompt"] for row in rows[:4]}) == 1
@@ -200,7 +203,7 @@ def test_samples_of_a_prompt_differ_and_the_last_prompts_fill_the_batch(house: t
 
 
 def test_entropy_bonus_raises_entropy(house: tiny.House, tmp_path: Path) -> None:
-    common: dict[str, Any] = {"updates": 3, "reward_function": "tiny:letters", "model": "sft", "batch_size": 16}
+    common: dict[str, Any] = {"updates": 3, "reward_function": "tiny:letters", "model": "terse", "batch_size": 16}
     plain, bonus = (run(house, tmp_path / str(c), entropy_coef=c, **common)[-1] for c in (0.0, 1.0))
     assert bonus["entropy"] > plain["entropy"]
 
@@ -266,10 +269,11 @@ LEARN: dict[str, Any] = {
     "reward_function": "tiny:letters",
     "truncated": "score",
     "updates": 15,
-    "batch_size": 32,
+    "batch_size": 64,
+    "minibatches": 4,
     "kl_coef": 0.0,
     "sample_every": 0,
-    "policy_optimizer": OptimizerConfig(lr=5e-3, warmup_steps=4),
+    "policy_optimizer": OptimizerConfig(lr=1e-2, warmup_steps=4),
     "critic_optimizer": OptimizerConfig(lr=5e-3),
 }
 
@@ -352,18 +356,20 @@ def test_scores_of_a_reward_function_are_checked(house: tiny.House, monkeypatch:
     responses = Responses([[5, 6, 7], [5, 6, 8]], [2, 2], ["eos", "eos"], [torch.zeros(1)] * 2)
     for function, said in ((too_few, "found 1, 1 of them finite"), (not_finite, "found 2, 0 of them finite")):
         monkeypatch.setattr(tiny, "letters", function)
-        with pytest.raises(ValueError, match=f"ppo.reward_function: expected 2 finite scores from tiny:letters, {said}"):
+        with pytest.raises(
+            ValueError, match=rf"ppo.reward_function: expected 2 finite scores from tiny:letters, {said}"
+        ):
             function_scores("tiny:letters", house.tokenizer, world)(responses)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny:nothing", "no_such_module:f"])
 def test_a_reward_function_that_is_not_there_is_named(house: tiny.House, name: str) -> None:
-    with pytest.raises(ValueError, match=f"ppo.reward_function: .*{name}"):
+    with pytest.raises(ValueError, match=rf"ppo\.reward_function: .*{name}"):
         function_scores(name, house.tokenizer, init_world(EngineConfig(device="cpu")))
 
 
 def test_a_dropped_batch_says_what_to_do(house: tiny.House, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ppo.truncated: 'drop' left no response"):
+    with pytest.raises(ValueError, match=r"ppo\.truncated: 'drop' left no response"):
         run(house, tmp_path, truncated="drop", max_new_tokens=1, batch_size=2)
 
 
@@ -381,7 +387,7 @@ def test_models_that_do_not_fit_each_other_are_refused(house: tiny.House, tmp_pa
                 reward=tmp_path / reward,
                 **house.common(tmp_path / "run"),
             )
-    with pytest.raises(ValueError, match="ppo.reward_model: expected a reward model"):
+    with pytest.raises(ValueError, match=r"ppo\.reward_model: expected a reward model"):
         ppo.train_ppo(
             tiny.ppo_config(house),
             policy=house.model,

@@ -94,7 +94,18 @@ def build(folder: Path) -> House:
         )
         CausalLM(config, seed=1).save_pretrained(folder / name, house.tokenizer)
         ScalarModel(config, seed=2).save_pretrained(house.reward(name), house.tokenizer)
+    terse = ending_often(CausalLM.from_pretrained(house.model))
+    terse.save_pretrained(folder / "terse", house.tokenizer)
+    ScalarModel.from_pretrained(house.reward()).save_pretrained(house.reward("terse"), house.tokenizer)
     return house
+
+
+@torch.no_grad()
+def ending_often(model: CausalLM) -> CausalLM:
+    """End-of-sequence gets about every sixth draw, so that some responses end and some are cut."""
+    model.trunk.norm.bias[0] = 2.0
+    model.head.weight[model.config.eos_id, 0] = 1.9
+    return model
 
 
 def ranking(rng: random.Random, k: int) -> dict[str, Any]:
@@ -126,7 +137,11 @@ def ppo_config(house: House, **settings: Any) -> PPOConfig:
 
 def run_ppo(house: House, folder: Path, *, model: str = "model", **settings: Any) -> Path:
     """PPO from a tiny random policy against a tiny random reward model."""
-    engine = {name: settings.pop(name) for name in ("zero_stage", "tokens_per_microbatch", "metrics") if name in settings}
+    engine = {
+        name: settings.pop(name)
+        for name in ("zero_stage", "tokens_per_microbatch", "metrics", "dtype")
+        if name in settings
+    }
     start = house.folder / model
     reward = None if settings.get("reward_function") else house.reward(model)
     config = ppo_config(house, **settings)
@@ -167,7 +182,9 @@ PPO_PTX = {"updates": 3, "ptx_coef": 27.8, "samples_per_prompt": 2, "epochs": 2,
 def train_all(house: House, folder: Path, stages: Sequence[int]) -> None:
     """PPO-ptx under each ZeRO stage, SFT and reward under none."""
     for stage in stages:
-        run_ppo(house, folder / f"ppo-{stage}", zero_stage=stage, **PPO_PTX, eval_prompts=house.data("prompts-held-out"))
+        run_ppo(
+            house, folder / f"ppo-{stage}", zero_stage=stage, **PPO_PTX, eval_prompts=house.data("prompts-held-out")
+        )
     train_sft(sft_config(house), model=house.wide, **house.common(folder / "sft", tokens_per_microbatch=40))
     train_reward(reward_config(house), model=house.wide, **house.common(folder / "reward", tokens_per_microbatch=60))
 
