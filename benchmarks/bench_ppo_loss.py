@@ -1,4 +1,5 @@
-"""ppo_loss, forward and backward, on 262,144 tokens, against the same loss in torch eager, with and without statistics.
+"""ppo_loss, forward and backward, on 262,144 tokens, against the same loss and statistics in torch eager: over packed tokens,
+and over a padded batch with masked means as TRL's trainer has it (no token is padding here, so the work is the same).
 
 Target on 2 cores: 20 times faster than torch eager. Bytes: seven inputs' worth of reads less the default weights, two gradients.
 """
@@ -16,24 +17,36 @@ from pyrlhf import ops
 CLIP, VALUE_WEIGHT = 0.2, 0.1
 
 
+Mean = Callable[[Tensor], Tensor]
+
+
 def eager(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, values: Tensor, old_values: Tensor, returns: Tensor
+    mean: Mean, logprobs: Tensor, old: Tensor, adv: Tensor, values: Tensor, old_values: Tensor, returns: Tensor
 ) -> Tensor:
     """The losses as PPO trainers write them, clip fractions and divergence included."""
     log_ratio = logprobs - old
     ratio = torch.exp(log_ratio)
-    plain, bounded = -advantages * ratio, -advantages * torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
-    policy = torch.max(plain, bounded).mean()
+    plain, bounded = -adv * ratio, -adv * torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
+    policy = mean(torch.max(plain, bounded))
     near = torch.clamp(values, old_values - CLIP, old_values + CLIP)
     far_error, near_error = torch.square(values - returns), torch.square(near - returns)
-    value = 0.5 * torch.max(far_error, near_error).mean()
+    value = 0.5 * mean(torch.max(far_error, near_error))
     with torch.no_grad():
-        (bounded > plain).float().mean()
-        (near_error > far_error).float().mean()
-        ((ratio - 1) - log_ratio).mean()
-        ratio.mean()
+        mean((bounded > plain).float())
+        mean((near_error > far_error).float())
+        mean((ratio - 1) - log_ratio)
+        mean(ratio)
         ratio.max()
     return policy + VALUE_WEIGHT * value
+
+
+def packed(*inputs: Tensor) -> Tensor:
+    return eager(torch.mean, *inputs)
+
+
+def padded(*inputs: Tensor) -> Tensor:
+    mask = torch.ones(512, inputs[0].numel() // 512, dtype=torch.bool)
+    return eager(lambda x: (x * mask).sum() / mask.sum(), *(t.view(mask.shape) for t in inputs))
 
 
 def fused(*inputs: Tensor) -> Tensor:
@@ -61,7 +74,8 @@ def main(tokens: int = 262_144) -> None:
     inputs[4] = inputs[3] + 0.1 * torch.randn(tokens)
     for at in (0, 3):
         inputs[at].requires_grad_()
-    torch.testing.assert_close(fused(*inputs), eager(*inputs))
+    for way in (packed, padded):
+        torch.testing.assert_close(fused(*inputs), way(*inputs))
     moved = 8 * 4 * tokens
     report(
         "ppo_loss",
@@ -69,7 +83,8 @@ def main(tokens: int = 262_144) -> None:
         {
             "pyrlhf": Candidate(step(fused, inputs), moved),
             "ppo_loss_ref (torch)": Candidate(step(reference, inputs), moved),
-            "torch eager": Candidate(step(eager, inputs), moved),
+            "torch eager, packed": Candidate(step(packed, inputs), moved),
+            "torch eager, padded with masked means (TRL)": Candidate(step(padded, inputs), moved),
         },
         ours="pyrlhf",
     )

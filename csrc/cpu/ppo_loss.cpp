@@ -49,46 +49,33 @@ PYRLHF_INLINE Tokens load_last_tokens(const PpoArrays& in, float weight, int64_t
             in.weights ? load_first(in.weights + at, n, 0) : first_of(weight, n)};
 }
 
-// r - 1 - log r with r = e^d: near 0 the three terms cancel, so the series d^2 (1/2 + d/6 + d^2/24 + ...) takes over.
-PYRLHF_INLINE vf kl_estimate(vf d, vf ratio) {
-    vf p = broadcast(1.0f / 40320);
-    p = p * d + 1.0f / 5040;
-    p = p * d + 1.0f / 720;
-    p = p * d + 1.0f / 120;
-    p = p * d + 1.0f / 24;
-    p = p * d + 1.0f / 6;
-    p = p * d + 0.5f;
-    return absolute(d) < 0.5f ? p * d * d : (ratio - 1.0f) - d;
-}
+PYRLHF_INLINE vf where(vi mask, vf x) { return (vf)((vi)x & mask); }  // x, or 0
 
 PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& sums, vf& grad_logprob,
                               vf& grad_value) {
-    const vf zero = {};
-    const vf d = x.logprob - x.old_logprob;
-    const vf ratio = exp(d);
+    vf kl;  // r - 1 - log r
+    const vf ratio = exp_and_rest(x.logprob - x.old_logprob, kl);
     const vf plain = -x.advantage * ratio;
     const vf bounded = -x.advantage * clamp(ratio, broadcast(1.0f - options.clip), broadcast(1.0f + options.clip));
-    const vi clipped = bounded > plain;
-    vf policy = clipped ? bounded : larger(plain, bounded);
     const vf cap = -options.dual_clip * x.advantage;
+    const vf policy = bounded > plain ? bounded : plain;
     const vi capped = (x.advantage < 0.0f) & (policy > cap);
-    policy = capped ? cap : policy;
-    grad_logprob = x.weight * ((clipped | capped) ? zero : plain);
+    const vi clipped = (bounded > plain) | capped;
+    grad_logprob = where(~clipped, x.weight * plain);
 
     const vf error = x.value - x.target;
     const vf near = clamp(x.value, x.old_value - options.value_clip, x.old_value + options.value_clip) - x.target;
     const vi value_clipped = near * near > error * error;
-    const vf squared = larger(error * error, near * near);
-    grad_value = x.weight * (value_clipped ? zero : (squared == squared ? error : squared));
+    grad_value = where(~value_clipped, x.weight * error);
 
-    const vf one = broadcast(1.0f);
-    sums.policy += x.weight * policy;
-    sums.value += x.weight * (0.5f * squared);
-    sums.kl += x.weight * kl_estimate(d, ratio);
-    sums.clipped += x.weight * ((clipped | capped) ? one : zero);
-    sums.value_clipped += x.weight * (value_clipped ? one : zero);
+    sums.policy += x.weight * (capped ? cap : policy);
+    sums.value += x.weight * (value_clipped ? near * near : error * error);
+    sums.kl += x.weight * kl;
+    sums.clipped += where(clipped, x.weight);
+    sums.value_clipped += where(value_clipped, x.weight);
     sums.ratio += x.weight * ratio;
-    sums.ratio_max = larger(sums.ratio_max, x.weight != 0.0f ? ratio : zero);
+    const vf counted = where(x.weight != 0.0f, ratio);
+    sums.ratio_max = counted > sums.ratio_max ? counted : sums.ratio_max;
 }
 
 // Empties the float sums into the totals; the largest ratio stays.
@@ -106,16 +93,12 @@ PYRLHF_INLINE void fold(Totals& totals, Sums& sums) {
 
 PYRLHF_INLINE void write_row(const Totals& totals, vf ratio_max, double* row) {
     row[0] = sum(totals.policy);
-    row[1] = sum(totals.value);
+    row[1] = 0.5 * sum(totals.value);
     row[2] = sum(totals.kl);
     row[3] = sum(totals.clipped);
     row[4] = sum(totals.value_clipped);
     row[5] = sum(totals.ratio);
-    row[6] = 0.0;
-    for (int j = 0; j < W; ++j) {
-        const double r = static_cast<double>(ratio_max[j]);
-        if (r > row[6] || r != r) row[6] = r;
-    }
+    row[6] = row[5] != row[5] ? row[5] : static_cast<double>(largest(ratio_max));  // a NaN ratio shows in the sum
 }
 
 PYRLHF_INLINE void one_block(const PpoArrays& in, const PpoOptions& options, int64_t first, int64_t last,

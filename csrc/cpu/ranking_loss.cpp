@@ -33,7 +33,7 @@ PYRLHF_INLINE void one_group(const float* scores, const int32_t* ranks, int64_t 
             const vf u = exp(-absolute(margin));
             const vf zero = {};
             const vf right = margin > 0.0f ? broadcast(1.0f) : (margin == 0.0f ? broadcast(0.5f) : zero);
-            const vf softplus = larger(-margin, zero) + log1p_unit(u);
+            const vf softplus = (margin < 0.0f ? -margin : zero) + log1p_unit(u);
             const vf pull = worse ? (margin > 0.0f ? u : broadcast(1.0f)) / (1.0f + u) : zero;  // sigmoid(-margin)
             losses += worse ? softplus : zero;
             rights += worse ? right : zero;

@@ -52,10 +52,8 @@ PYRLHF_INLINE void store_first(float* p, vf x, int n) {
     for (int j = 0; j < n; ++j) p[j] = x[j];
 }
 
-// The larger (smaller) of the two; NaN if either is NaN, as torch.maximum.
-PYRLHF_INLINE vf larger(vf a, vf b) { return (a > b) | (a != a) ? a : b; }
-PYRLHF_INLINE vf smaller(vf a, vf b) { return (a < b) | (a != a) ? a : b; }
-PYRLHF_INLINE vf clamp(vf x, vf low, vf high) { return smaller(larger(x, low), high); }
+// NaN in x stays.
+PYRLHF_INLINE vf clamp(vf x, vf low, vf high) { return x < low ? low : (x > high ? high : x); }
 PYRLHF_INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
 PYRLHF_INLINE bool any(vi mask) {
     int64_t words[W / 2], out = 0;
@@ -104,24 +102,29 @@ PYRLHF_INLINE vf shift_down(vf x, vf fill) {
 // Nearest integer, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
 PYRLHF_INLINE vf round_small(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
-// e^x within 2 ulp; 0 and infinity beyond the float range, NaN stays NaN.
-// x = n ln 2 + r, |r| <= ln 2 / 2: e^r by a degree-7 polynomial, 2^n applied in two factors so that it never overflows
-// alone.
-PYRLHF_INLINE vf exp(vf x) {
-    x = x < -104.0f ? broadcast(-104.0f) : x;
-    x = x > 89.0f ? broadcast(89.0f) : x;
-    const vf n = round_small(x * 1.44269504088896341f);
-    const vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+// e^x within 2 ulp; 0 and infinity beyond the float range, NaN stays NaN. `rest` becomes e^x - 1 - x, free of
+// cancellation. x = n ln 2 + r, |r| <= ln 2 / 2: e^r by a degree-7 polynomial, 2^n applied in two factors so that it
+// never overflows alone.
+PYRLHF_INLINE vf exp_and_rest(vf x, vf& rest) {
+    const vf bounded = x < -104.0f ? broadcast(-104.0f) : (x > 89.0f ? broadcast(89.0f) : x);
+    const vf n = round_small(bounded * 1.44269504088896341f);
+    const vf r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
     vf p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = (p * r * r + r) + 1.0f;
+    const vf tail = p * r * r;  // e^r - 1 - r
     const vi exponent = __builtin_convertvector(n, vi);
     const vi half = exponent >> 1;
-    return p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+    const vf result = ((tail + r) + 1.0f) * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+    rest = exponent == 0 ? tail : (result - 1.0f) - x;
+    return result;
+}
+PYRLHF_INLINE vf exp(vf x) {
+    vf rest;
+    return exp_and_rest(x, rest);
 }
 
 // log(1 + u) for u in [0, 1], to relative precision: 2 atanh(u / (2 + u)), whose argument is at most 1/3.

@@ -30,7 +30,7 @@ def check_tensor(
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, found {type(t).__name__}")
     if dtype is not None:
-        allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+        allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         if t.dtype not in allowed:
             raise TypeError(
                 f"{op}: {name} must be {_names(allowed)}, found {_names((t.dtype,))}; convert it with .to()"
@@ -89,6 +89,8 @@ def check_number(op: str, name: str, value: object, *, low: float, high: float, 
 
 
 def _fits(found: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    if found == wanted:  # the usual case, one comparison of sizes
+        return True
     return len(found) == len(wanted) and all(w is None or f == w for f, w in zip(found, wanted, strict=True))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor
 from pyrlhf.ops._core import address, core, use_core
-from pyrlhf.ops._library import define
+from pyrlhf.ops._library import define, eager_function
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -101,7 +101,8 @@ def ppo_loss(
         return ppo_loss_ref(logprobs, *others, weights=weights, clip=clip, value_clip=value_clip, dual_clip=dual_clip)
     bound = math.inf if value_clip is None else value_clip
     cap = math.inf if dual_clip is None else dual_clip
-    policy, value, stats, _, _ = _op(logprobs, *others, weights, clip, bound, cap)
+    op = _op if torch.compiler.is_compiling() else _eager
+    policy, value, stats, _, _ = op(logprobs, *others, weights, clip, bound, cap)
     return PPOLoss(policy, value, PPOStats(*stats.unbind()))
 
 
@@ -189,3 +190,4 @@ _op = define(
     setup_context=_setup_context,
     key="CPU",
 )
+_eager = eager_function(_ppo_loss, _setup_context, _backward)

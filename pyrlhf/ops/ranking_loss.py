@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrlhf.ops._checks import check_cu_seqlens, check_tensor
 from pyrlhf.ops._core import address, core, use_core
-from pyrlhf.ops._library import define
+from pyrlhf.ops._library import define, eager_function
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -54,7 +54,8 @@ def ranking_loss(scores: Tensor, cu_groups: Tensor, ranks: Tensor) -> tuple[Tens
     if not use_core(scores):
         check_cu_seqlens("ranking_loss", "cu_groups", cu_groups, scores.shape[0])
         return ranking_loss_ref(scores, cu_groups, ranks)
-    loss, stats, _ = _op(scores, cu_groups, ranks)
+    op = _op if torch.compiler.is_compiling() else _eager
+    loss, stats, _ = op(scores, cu_groups, ranks)
     return loss, RankingStats(*stats.unbind())
 
 
@@ -91,3 +92,4 @@ _op = define(
     setup_context=_setup_context,
     key="CPU",
 )
+_eager = eager_function(_ranking_loss, _setup_context, _backward)
