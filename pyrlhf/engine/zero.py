@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import io
 import logging
 import math
@@ -18,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -198,7 +200,8 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
             raise ValueError(
                 f"{missing[0]}: expected in the environment of rank {rank} of {size}, found none; use a launcher"
             )
-        dist.init_process_group(backend, rank=rank, world_size=size)
+        # One rank may generate or save for long while the others wait.
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(hours=2))
     atexit.register(_leave)
 
 
@@ -227,20 +230,20 @@ def quiet_logs(path: Path | None = None) -> None:
             old.close()
         logger.addHandler(handler)
         logger.propagate = False
+        logger.setLevel(logging.WARNING if path is None else logging.INFO)
 
 
 @functools.cache
 def _deepspeed() -> Any:
     """Import DeepSpeed (2.7 s) with its terminal output turned off and its compile-at-first-use op turned away."""
     log = logging.getLogger("DeepSpeed")
-    handlers = list(log.handlers) or [logging.NullHandler()]
+    handlers, level = list(log.handlers) or [logging.NullHandler()], log.level
     with _hushed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
 
         log.handlers[:] = handlers
-    if any(isinstance(handler, logging.FileHandler) for handler in handlers):
-        log.setLevel(logging.INFO)
+        log.setLevel(level)
     # With two CPU ranks DeepSpeed would compile a shared-memory all-reduce (20 s) that only its inference kernels call.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
@@ -313,7 +316,7 @@ class ZeroEngine:
     ) -> None:
         self.world, self.config, self.total_steps = world, config, total_steps
         self.device = world.device
-        self.module = model.requires_grad_(False).eval() if optimizer is None else model
+        self.module: Any = model.requires_grad_(False).eval() if optimizer is None else model
         self.extras: dict[str, Extra] = {}
         self.steps = self.skipped_steps = self.skipped_in_a_row = 0
         self._loss = torch.zeros((), device=self.device)
@@ -324,6 +327,8 @@ class ZeroEngine:
                 optimizer, optimizer.warmup_steps, total_steps
             )  # a schedule without an end fails here, not later
             self._engine = _initialize(_place(model, world, config), config, optimizer)
+            if _bare(config) and world.size == 1:
+                self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum them with nobody's
         elif config.zero_stage == 3:
             self._engine = _initialize(_place(model, world, config), config, None)
         else:
@@ -336,6 +341,8 @@ class ZeroEngine:
             with torch.no_grad():
                 return forward(*args, **kwargs)
         return forward(*args, **kwargs)
+
+    forward = __call__
 
     @property
     def trained(self) -> bool:
@@ -414,7 +421,11 @@ class ZeroEngine:
         training = self.module.training
         self.module.eval()
         try:
-            with torch.no_grad(), self._whole(list(self.module.parameters())), _without_hooks(self.module):
+            with (
+                torch.no_grad(),
+                self._whole(list(self.module.parameters())),
+                _without_hooks(self.module, self.sharded),
+            ):
                 yield self.module
         finally:
             self.module.train(training)
@@ -489,11 +500,19 @@ class ZeroEngine:
         return config | {"extras": sorted(self.extras)}
 
     def close(self) -> None:
-        """Let go of DeepSpeed's buffers and hooks; neither the engine nor (ZeRO 3) the module can be used afterwards."""
-        if self._engine is not None:
-            self._engine.destroy()
-            self._engine.optimizer = None
-            self._engine = None
+        """Free DeepSpeed's buffers and hooks; neither the engine nor (ZeRO 3) the module can be used afterwards."""
+        if self._engine is None:
+            return
+        self._engine.destroy()
+        if self.sharded:
+            # Something in DeepSpeed keeps a sharded model reachable for good, so its memory is given back by hand.
+            for holder in (self._engine.optimizer, getattr(self._engine, "basic_optimizer", None)):
+                if holder is not None:
+                    vars(holder).clear()
+            for parameter in self.module.parameters():
+                parameter.data = getattr(parameter, "ds_tensor").data = parameter.new_empty(0)  # noqa: B009
+        self._engine.optimizer = None
+        self._engine = None
 
 
 class Ema:
@@ -554,11 +573,16 @@ def _place(model: nn.Module, world: World, config: EngineConfig) -> nn.Module:
 
 def _initialize(model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig | None) -> Any:
     adamw = None if optimizer is None else _adamw(model, optimizer)
-    largest = max(p.numel() for p in model.parameters())
-    settings = _deepspeed_settings(config, optimizer, largest)
+    sizes = [p.numel() for p in model.parameters()]
+    bucket = max(max(sizes), min(sum(sizes), 50_000_000))
+    settings = _deepspeed_settings(config, optimizer, bucket=-(-bucket // 64) * 64)  # DeepSpeed wants it even
     deepspeed = _deepspeed()
-    with _hushed():
-        return deepspeed.initialize(model=model, optimizer=adamw, config=settings)[0]
+    gc.freeze()  # making a bf16 engine collects garbage ten times, over everything that was ever imported
+    try:
+        with _hushed():
+            return deepspeed.initialize(model=model, optimizer=adamw, config=settings)[0]
+    finally:
+        gc.unfreeze()
 
 
 def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -571,8 +595,8 @@ def _adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(used, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _deepspeed_settings(config: EngineConfig, optimizer: OptimizerConfig | None, largest: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. `largest` is the size of the largest weight."""
+def _deepspeed_settings(config: EngineConfig, optimizer: OptimizerConfig | None, bucket: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. `bucket` is how many numbers one collective moves, at least the largest weight's."""
     stage = config.zero_stage
     if config.dtype == "bf16" and stage == 0 and optimizer is not None:
         # Stage 0 would accumulate gradients in bfloat16. Stage 1 does the same arithmetic with float32 gradients and masters.
@@ -580,8 +604,8 @@ def _deepspeed_settings(config: EngineConfig, optimizer: OptimizerConfig | None,
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": config.device_type == "cuda",
-        "reduce_bucket_size": max(largest, 50_000_000),
-        "allgather_bucket_size": max(largest, 50_000_000),
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         "stage3_param_persistence_threshold": 10_000,
     }
     if config.offload_optimizer and config.device_type == "cuda":
@@ -607,9 +631,9 @@ def _bare(config: EngineConfig) -> bool:
 
 
 @contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Forward hooks put aside and put back: DeepSpeed's would free each weight after its first use."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks")
+def _without_hooks(model: nn.Module, sharded: bool) -> Iterator[None]:
+    """Forward hooks of a sharded model put aside and put back: DeepSpeed's would free each weight after its first use."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks") if sharded else ()
     hooks = [(module, kind, getattr(module, kind)) for module in model.modules() for kind in kinds]
     for module, kind, found in hooks:
         setattr(module, kind, type(found)())

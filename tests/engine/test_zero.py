@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
@@ -94,8 +95,9 @@ def test_gradients_are_clipped_and_the_norm_is_reported(world: World, stage: int
     assert moved[1] == pytest.approx(moved[0] / 4, rel=1e-2)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (2, "bf16"), (3, "bf16")]
+)
 def test_a_step_that_is_not_finite_changes_nothing(world: World, stage: int, dtype: str) -> None:
     engine = linear_engine(world, stage, dtype)
     twin = linear_engine(world, stage, dtype)
@@ -131,7 +133,7 @@ def test_three_skipped_steps_in_a_row_stop_the_run(world: World) -> None:
         push(engine, math.nan)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])  # 0 runs as 1 in bf16
 def test_bf16_keeps_float32_masters_and_gradients(world: World, stage: int) -> None:
     engine = linear_engine(world, stage, "bf16", lr=1e-5, eps=1e-12)
     x = torch.ones(1, 150, dtype=torch.bfloat16)
@@ -309,3 +311,22 @@ def test_wrong_uses_are_named(world: World, tmp_path: Path) -> None:
         Ema(engine, decay=1.0)
     with pytest.raises(ValueError, match="total_steps"):
         ZeroEngine(nn.Linear(2, 2), world, CPU, replace(OptimizerConfig(), schedule="linear"))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_closed_engine_gives_its_memory_back(world: World, stage: int) -> None:
+    def held() -> int:
+        """Bytes in large tensors; no other test has any."""
+        gc.collect()
+        storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        return sum({s.data_ptr(): s.nbytes() for s in storages if s.nbytes() > 10**6}.values())
+
+    before, weights = held(), 4 * 700 * 700
+    config = EngineConfig(device="cpu", zero_stage=stage)
+    engine = ZeroEngine(nn.Linear(700, 700), world, config, OptimizerConfig())
+    engine.backward(engine(torch.ones(1, 700)).square().mean(), last=True)
+    engine.step()
+    assert held() - before >= 3 * weights  # weights and two moments
+    engine.close()
+    del engine
+    assert held() - before < weights / 2
