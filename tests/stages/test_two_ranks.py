@@ -51,12 +51,18 @@ def one(house: tiny.House, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same(found: Path, expected: Path, start: Path) -> None:
-    """Equal within 1e-5 of each weight's size, although training moved the weights much further than that."""
+def assert_same(found: Path, expected: Path, start: Path, untrained: tuple[str, ...] = ()) -> None:
+    """Equal within 1e-5 of each weight's size, although training moved the weights much further than that.
+
+    `untrained` names weights that start at 0 and whose gradient is 0 in exact arithmetic; rounding's noise is all that they may hold.
+    """
     ours, theirs, before = tiny.weights(found), tiny.weights(expected), tiny.weights(start)
     assert ours.keys() == theirs.keys()
     moved = 0.0
     for name, weight in theirs.items():
+        if name in untrained:
+            assert max(ours[name].abs().max(), weight.abs().max()) <= 1e-6
+            continue
         error = (ours[name] - weight).norm() / weight.norm().clamp(min=1e-30)
         assert error <= 1e-5, f"{name}: relative error {error:.2e}"
         if name in before and before[name].any():
@@ -97,7 +103,9 @@ def test_ppo_ptx_does_not_depend_on_budget_or_zero_stage(
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_sft_and_reward_of_two_ranks_are_those_of_one(house: tiny.House, one: Path, two: Path, stage: str) -> None:
-    assert_same(two / stage / "model", one / stage / "model", house.wide)
+    # A bias that moves all scores alike moves no difference of two scores.
+    untrained = ("transformer.ln_f.bias",) if stage == "reward" else ()
+    assert_same(two / stage / "model", one / stage / "model", house.wide, untrained)
     assert_same_numbers(two / stage, one / stage)
 
 
