@@ -68,7 +68,7 @@ class EngineConfig:
 
     @property
     def device_type(self) -> str:
-        """ "cpu" or "cuda", with "auto" resolved on this machine."""
+        """The device with "auto" resolved on this machine: "cpu" or "cuda"."""
         if self.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -210,27 +210,31 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-_NOISY = ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch.distributed", "py.warnings")
+_NOISY = ("DeepSpeed", "transformers", "datasets", "py.warnings")
 
 
 def quiet_logs(path: Path | None = None) -> None:
-    """Keep DeepSpeed, transformers and Python warnings off the terminal; write them to `path` if one is given."""
-    handler: logging.Handler = logging.NullHandler()
+    """Keep DeepSpeed off the terminal; with `path`, send what it, transformers, datasets and Python's warnings say there."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    elif logging.getLogger(_NOISY[0]).handlers:
-        return  # an earlier call chose where they go
-    logging.captureWarnings(True)
-    for name in _NOISY:
-        logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            logger.removeHandler(old)
-            old.close()
-        logger.addHandler(handler)
-        logger.propagate = False
-        logger.setLevel(logging.WARNING if path is None else logging.INFO)
+        logging.captureWarnings(True)
+        for name in _NOISY:
+            _send(name, handler, logging.INFO)
+    elif not logging.getLogger("DeepSpeed").handlers:  # an earlier call may have chosen a file
+        _send("DeepSpeed", logging.NullHandler(), logging.ERROR)
+
+
+def _send(name: str, handler: logging.Handler, level: int) -> None:
+    logger = logging.getLogger(name)
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
 
 
 @functools.cache
@@ -323,9 +327,7 @@ class ZeroEngine:
         self._optimizer_config = optimizer
         self._engine: Any = None
         if optimizer is not None:
-            learning_rate(
-                optimizer, optimizer.warmup_steps, total_steps
-            )  # a schedule without an end fails here, not later
+            learning_rate(optimizer, optimizer.warmup_steps, total_steps)  # fail now if the schedule lacks its end
             self._engine = _initialize(_place(model, world, config), config, optimizer)
             if _bare(config) and world.size == 1:
                 self._engine.enable_backward_allreduce = False  # it would copy all gradients to sum them with nobody's
@@ -343,10 +345,6 @@ class ZeroEngine:
         return forward(*args, **kwargs)
 
     forward = __call__
-
-    @property
-    def trained(self) -> bool:
-        return self._optimizer_config is not None
 
     def align(self, n_microbatches: int) -> int:
         """The largest number of micro-batches of any rank: all must run as many (ZeRO 2 and 3 communicate in each)."""
@@ -437,10 +435,7 @@ class ZeroEngine:
 
     def release_whole_weights(self) -> None:
         """ZeRO 3: drop gathered weights, so that the next use gathers them from the shards again."""
-        self._offload().partition_all_parameters()
-
-    def _offload(self) -> Any:
-        return getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer)
+        getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer).partition_all_parameters()
 
     def _whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
         return _deepspeed().zero.GatheredParameters(parameters) if self.sharded else contextlib.nullcontext()

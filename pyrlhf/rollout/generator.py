@@ -29,7 +29,7 @@ class Sampling:
         min_p: only tokens with at least this fraction of the likeliest token's probability.
         seed: together with the sample's id and the position it decides every draw.
         stop_ids: tokens that end a response besides the end-of-sequence token; they stay part of it.
-        eos_id: end-of-sequence token; None takes the model's.
+        eos_id: end-of-sequence token; None takes the model's, -1 means none.
     """
 
     max_new_tokens: int = 64
@@ -62,7 +62,8 @@ class Rollouts:
         tokens: int64 [T], prompt and response of every sample, packed.
         cu_seqlens: int32 [S + 1].
         prompt_lengths: int64 [S].
-        logprobs: float32 [R], for each response token, packed in the same order, its log-prob under the distribution it was drawn from.
+        logprobs: float32 [R], for each response token, packed in the same order, its log-prob under the distribution it was
+            drawn from.
         finish: what ended each response: "eos", "stop" or "length". The token that ended it is its last one.
         sample_ids: int64 [S], the ids that keyed the draws.
     """

@@ -187,7 +187,7 @@ def test_resumes_in_a_new_process(world: World, tmp_path: Path) -> None:
     program = (
         "import sys, torch, training; from pathlib import Path; from pyrlhf.engine import EngineConfig, init_world\n"
         "folder = Path(sys.argv[1])\n"
-        "engine = training.make('lm', init_world(EngineConfig(device='cpu')), 0, seed=9)\n"
+        "engine = training.make('lm', init_world(EngineConfig(device='cpu'), log=folder / 'log.txt'), 0, seed=9)\n"
         "engine.load(folder / 'saved')\n"
         "for step in range(2, 4): training.update(engine, training.language_loss, step)\n"
         "torch.save(engine.full_state_dict(), folder / 'weights.pt')\n"
@@ -205,6 +205,7 @@ def test_resumes_in_a_new_process(world: World, tmp_path: Path) -> None:
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "DeepSpeed" in (tmp_path / "log.txt").read_text()
     found = torch.load(tmp_path / "weights.pt")
     assert all(torch.equal(found[k], w) for k, w in engine.full_state_dict().items())
 
