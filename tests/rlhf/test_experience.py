@@ -131,7 +131,7 @@ def test_scores_are_read_at_the_end_of_sequence_token_even_where_a_response_has_
     for tokens, score in zip(found.sequences, scores, strict=True):
         ended = tokens if tokens[-1] == 2 else [*tokens[: context - 1], 2]
         n = len(ended)
-        whole = reward(torch.tensor(ended), torch.arange(n), torch.tensor([0, n], dtype=torch.int32))
+        whole = reward(torch.tensor(ended), torch.arange(n), torch.tensor([0, n], dtype=torch.int32)).detach()
         assert float(score) == pytest.approx(float(whole[-1]), abs=1e-5)
 
 

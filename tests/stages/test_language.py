@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ import tiny
 import torch
 
 from pyrlhf.data import LengthRule, pack
-from pyrlhf.engine import EngineConfig, OptimizerConfig, TrainingDiverged, ZeroEngine, init_world
+from pyrlhf.engine import EngineConfig, HybridEngine, OptimizerConfig, TrainingDiverged, ZeroEngine, init_world
 from pyrlhf.model import CausalLM
+from pyrlhf.rlhf.experience import Responses
+from pyrlhf.rollout import Sampling
 from pyrlhf.stages import PretrainConfig, sft, train_pretrain, train_sft
+from pyrlhf.stages.actors import respond
 from pyrlhf.stages.inputs import load_demonstrations, load_texts
 from pyrlhf.stages.loop import Sequences, backward_language_model, draws, evaluate_language_model, perplexity
 
@@ -228,3 +232,23 @@ def test_samples_as_text_files(house: tiny.House, tmp_path: Path) -> None:
         GenerateConfig(count=2, max_new_tokens=3), model=house.model, **house.common(tmp_path / "free")
     )
     assert [json.loads(line)["prompt"] for line in (free / "samples.jsonl").read_text().splitlines()] == ["", ""]
+
+
+def test_a_rank_without_prompts_still_gets_all_responses(house: tiny.House) -> None:
+    """One prompt and two ranks, played one after the other: the first has nothing to answer."""
+    engine = HybridEngine(CausalLM.from_pretrained(house.model), EngineConfig(device="cpu"))
+    sampling = Sampling(4)
+    whole = respond(engine, [[5, 6]], sampling, n=2)
+    own: list[Responses] = []
+
+    def gather(part: Responses) -> list[Responses]:
+        own.append(part)
+        return [part]
+
+    for rank in (0, 1):
+        engine.world = SimpleNamespace(rank=rank, size=2, gather=gather)
+        respond(engine, [[5, 6]], sampling, n=2)
+    assert [len(part) for part in own] == [0, 2]
+    joined = Responses.join(own)
+    assert joined.sequences == whole.sequences
+    assert joined.finish == whole.finish
