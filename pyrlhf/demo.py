@@ -1,7 +1,7 @@
 """The whole of InstructGPT in a few minutes on a laptop: no data, no network, no GPU.
 
-A small GPT learns to write from generated text (reviews, sums, little facts), learns from demonstrations to answer questions about a meal,
-and learns from ranked answers what its labellers like. The labellers are played by a hidden gold scorer whose rankings are noisy; training
+A small GPT learns to write from generated text (reviews, sums, little facts), learns from demonstrations to finish reviews of a meal, and
+learns from ranked reviews what its labellers like. The labellers are played by a hidden gold scorer whose rankings are noisy; training
 never sees the scorer, only the rankings, and at the end the scorer judges who won.
 """
 
@@ -28,8 +28,13 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine
 ANIMALS = {"cat": "four", "dog": "four", "hen": "two", "ant": "six", "spider": "eight", "horse": "four", "duck": "two"}
 COLOURS = ["black", "white", "brown", "grey", "red"]
 
+_ONE_OF = {
+    name: "|".join(words) for name, words in (("subject", SUBJECTS), ("verb", VERBS), ("how", LIKED + DISLIKED + PLAIN))
+}
 _SENTENCE = re.compile(
-    rf"the ({'|'.join(SUBJECTS)}) was \w+( and \w+)?|i ({'|'.join(VERBS)}) the ({'|'.join(SUBJECTS)})( and the ({'|'.join(SUBJECTS)}))?"
+    "((today|at first) )?the ({subject})( here)? was ({how})( and ({how}))?|i ({verb}) the ({subject})( and the ({subject}))?".format(
+        **_ONE_OF
+    )
 )
 
 
@@ -38,29 +43,37 @@ _SENTENCE = re.compile(
 
 def sentence(rng: random.Random, subject: str) -> str:
     """One sentence of a review."""
-    adjectives = rng.sample(LIKED + DISLIKED + PLAIN, 2)
     other = rng.choice([s for s in SUBJECTS if s != subject])
     forms = [
-        f"the {subject} was {adjectives[0]}",
-        f"the {subject} was {adjectives[0]} and {adjectives[1]}",
+        f"the {subject} was {praise(rng)}",
         f"i {rng.choice(list(VERBS))} the {subject}",
         f"i {rng.choice(list(VERBS))} the {subject} and the {other}",
     ]
     return rng.choice(forms)
 
 
-def review(rng: random.Random, subject: str) -> str:
-    """One to three sentences, the first about `subject`."""
-    subjects = [subject, *rng.choices(SUBJECTS, k=rng.randrange(3))]
-    return "".join(f" {sentence(rng, s)}." for s in subjects)
+def praise(rng: random.Random) -> str:
+    """One or two adjectives, not all of them kind."""
+    return " and ".join(rng.sample(LIKED + DISLIKED + PLAIN, rng.randrange(1, 3)))
+
+
+def opening(rng: random.Random) -> str:
+    """A prompt: how a review begins."""
+    form = rng.choice(["the {} was", "the {} here was", "today the {} was", "at first the {} was"])
+    return "review: " + form.format(rng.choice(SUBJECTS))
+
+
+def rest(rng: random.Random) -> str:
+    """What may follow an opening: its end, and up to two more sentences."""
+    more = [sentence(rng, s) for s in rng.choices(SUBJECTS, k=rng.randrange(3))]
+    return f" {praise(rng)}." + "".join(f" {s}." for s in more)
 
 
 def document(rng: random.Random) -> str:
     """A piece of pretraining text: a review, a count, a sum, a fact or a chain of animals."""
     kind = rng.randrange(5)
     if kind == 0:
-        subject = rng.choice(SUBJECTS)
-        return f"review of the {subject}:{review(rng, subject)}"
+        return opening(rng) + rest(rng)
     if kind == 1:
         start = rng.randrange(6)
         return "count: " + " ".join(NUMBERS[start : start + rng.randrange(3, 7)]) + "."
@@ -74,25 +87,18 @@ def document(rng: random.Random) -> str:
     return f"story: the {chain[0]} saw the {chain[1]}. the {chain[1]} saw the {chain[2]}. the {chain[2]} saw no one."
 
 
-def question(subject: str, rng: random.Random) -> str:
-    form = rng.choice(["how was the {}?", "tell me about the {}.", "what did you think of the {}?", "and the {}?"])
-    return f"question: {form.format(subject)} answer:"
-
-
 def gold(prompt: str, response: str) -> float:
-    """What the labellers like: praise, each word of it once; sentences that are sentences; an answer to the question; at most three."""
-    body = response.strip()
-    sentences = [s.strip() for s in body.split(".") if s.strip()]
-    words = set(re.findall(r"[a-z]+", body))
+    """What the labellers like: kind words, each once; whole sentences that say something new; three of them at most."""
+    sentences = [s.strip() for s in (prompt.removeprefix("review: ") + response).split(".") if s.strip()]
+    words = set(re.findall(r"[a-z]+", response))
     score = 0.0 + sum(w in words for w in LIKED) - sum(w in words for w in DISLIKED)
     score += sum(value for verb, value in VERBS.items() if verb in words)
     score -= 2.0 * sum(_SENTENCE.fullmatch(s) is None for s in sentences) + 2.0 * max(len(sentences) - 3, 0)
-    asked = next((s for s in SUBJECTS if s in prompt), "")
-    score -= 0.0 if sentences and asked in sentences[0] else 2.0
-    return score - (0.0 if body.endswith(".") else 2.0)
+    score -= 2.0 * (len(sentences) - len(set(sentences)))
+    return score - (0.0 if response.rstrip().endswith(".") else 2.0)
 
 
-def noisy_ranks(prompt: str, responses: Sequence[str], rng: random.Random, noise: float = 0.7) -> list[int]:
+def noisy_ranks(prompt: str, responses: Sequence[str], rng: random.Random, noise: float = 0.5) -> list[int]:
     """Ranks (0 best) as one labeller would give them: gold scores with Gumbel noise, which makes pairs Bradley-Terry distributed."""
     seen = [gold(prompt, r) - noise * math.log(-math.log(rng.uniform(1e-12, 1 - 1e-12))) for r in responses]
     order = sorted(range(len(seen)), key=lambda i: -seen[i])
@@ -108,7 +114,7 @@ class Size:
 
     documents: int = 12_000
     demonstrations: int = 1_000
-    ranked_prompts: int = 600
+    ranked_prompts: int = 1_000
     updates: int = 24
     judged: int = 256
     hidden: int = 128
@@ -169,14 +175,12 @@ def clear(folder: Path) -> None:
 def write_data(folder: Path, size: Size, seed: int) -> None:
     """Generated text, demonstrations and prompts, with held-out parts."""
     rng = random.Random(f"data/{seed}")
-    asked = [(question(s, rng), s) for s in rng.choices(SUBJECTS, k=size.demonstrations)]
+    demonstrations = [{"prompt": opening(rng), "response": rest(rng)} for _ in range(size.demonstrations)]
     write_jsonl(folder / "text.jsonl", [{"text": document(rng)} for _ in range(size.documents)])
     write_jsonl(folder / "text-held-out.jsonl", [{"text": document(rng)} for _ in range(400)])
-    write_jsonl(folder / "demonstrations.jsonl", [{"prompt": q, "response": review(rng, s)} for q, s in asked])
-    write_jsonl(
-        folder / "prompts.jsonl", [{"prompt": question(rng.choice(SUBJECTS), rng)} for _ in range(size.ranked_prompts)]
-    )
-    write_jsonl(folder / "judged.jsonl", [{"prompt": question(rng.choice(SUBJECTS), rng)} for _ in range(size.judged)])
+    write_jsonl(folder / "demonstrations.jsonl", demonstrations)
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": opening(rng)} for _ in range(size.ranked_prompts)])
+    write_jsonl(folder / "judged.jsonl", [{"prompt": opening(rng)} for _ in range(size.judged)])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -201,8 +205,7 @@ class Run:
 
         self.folder, self.data, self.size, self.engine, self.seed = folder, folder / "data", size, engine, seed
         corpus = [row["text"] for row in read_jsonl(self.data / "text.jsonl")]
-        rng = random.Random(f"tokenizer/{seed}")
-        self.tokenizer = Tokenizer.train([*corpus, *(question(s, rng) for s in SUBJECTS)], 640)
+        self.tokenizer = Tokenizer.train(corpus, 640)
         heads = size.hidden // 32
         shape = ModelConfig.preset(
             "gpt2", hidden_size=size.hidden, num_layers=size.layers, num_heads=heads, head_dim=0, intermediate_size=0
@@ -326,7 +329,7 @@ class Run:
             ptx_tokens=64,
             policy_optimizer=OptimizerConfig(lr=3e-4, warmup_steps=8),
             critic_optimizer=OptimizerConfig(lr=5e-4, warmup_steps=8),
-            ema_decay=0.8,
+            ema_decay=0.0,
             sample_every=0,
             save_every=0,
         )
