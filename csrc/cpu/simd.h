@@ -92,7 +92,11 @@ PYRLHF_INLINE float largest(vf x) {
 // {x[K], x[K+1], ..., fill...}: the elements move K places towards 0.
 template <int K, int... J>
 PYRLHF_INLINE vf shift_down_by(vf x, vf fill, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
     return __builtin_shufflevector(x, fill, (J + K)...);
+#else
+    return __builtin_shuffle(x, fill, vi{(J + K)...});  // GCC before 12 has only this one
+#endif
 }
 template <int K>
 PYRLHF_INLINE vf shift_down(vf x, vf fill) {
