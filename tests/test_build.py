@@ -10,6 +10,8 @@ import sys
 import tarfile
 import time
 import zipfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def test_the_sdist_holds_what_a_build_needs(source: Path) -> None:
         *ROOT.glob("csrc/**/*"),
         *ROOT.glob("kernels/*.py"),
         *ROOT.glob("pyrlhf/**/*.py"),
-        ROOT / "constraints.txt",
+        *(ROOT / name for name in ("CMakeLists.txt", "constraints.txt", "LICENSE", "pyrlhf/py.typed")),
     ]
     missing = [str(p.relative_to(ROOT)) for p in tracked if p.is_file() and not (source / p.relative_to(ROOT)).exists()]
     assert not missing
@@ -76,6 +78,7 @@ def test_the_sdist_holds_what_a_build_needs(source: Path) -> None:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(re.fullmatch(r"pyrlhf/_C\..*\.so", name) for name in names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert {"pyrlhf/py.typed", "pyrlhf/kernels/__init__.py", "pyrlhf/ops/gae.py"} <= set(names)
     for file in (ROOT / "pyrlhf").rglob("*.py"):
         assert f"pyrlhf/{file.relative_to(ROOT / 'pyrlhf')}" in names, "setup.py lists every package"
@@ -126,15 +129,36 @@ def test_cuda_that_cannot_be_had_is_an_error_that_says_what_to_do(
     assert message in said
 
 
-def test_constraints_pin_every_dependency() -> None:
+def test_constraints_pin_every_dependency_and_what_those_need() -> None:
+    """As far as the packages are installed here: what is not cannot say what it needs."""
     if sys.version_info < (3, 11):
         pytest.skip("reads pyproject.toml with tomllib")
     import tomllib
 
+    requirements = pytest.importorskip("packaging.requirements")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
-    names = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in wanted}
+    waiting = [*project["dependencies"], *project["optional-dependencies"]["test"]]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines if "==" in line}
+    pinned = {normal(line.split("==")[0]) for line in lines if "==" in line}
     assert len(pinned) == len(lines), "a constraint is an exact version"
-    assert names <= pinned, f"not pinned: {sorted(names - pinned)}"
+    seen: set[str] = set()
+    while waiting:
+        line = waiting.pop()
+        need = requirements.Requirement(line)
+        if line in seen or (need.marker and not need.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(line)
+        assert normal(need.name) in pinned, f"not pinned: {need.name}"
+        with suppress(PackageNotFoundError):
+            waiting += [wanted(each, need.extras) for each in requires(need.name) or []]
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def wanted(line: str, extras: set[str]) -> str:
+    """The requirement without its ``extra`` marker where one of ``extras`` asks for it."""
+    name, _, marker = line.partition(";")
+    asked = re.search(r"extra == ['\"]([^'\"]+)", marker)
+    return name if asked and asked.group(1) in extras else line
