@@ -91,19 +91,25 @@ def load_settings(cls: type[T], path: Path | None, overrides: Sequence[str] = ()
 @functools.cache
 def known_settings(cls: type, prefix: str = "") -> dict[str, Setting]:
     """Every key of ``cls`` at any depth, in the order of the fields."""
-    hints = typing.get_type_hints(cls)
-    docs = _docs(cls)
-    known: dict[str, Setting] = {}
-    for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        key, hint = prefix + field.name, hints[field.name]
+    return dict(_known(cls, prefix, _defaults(cls)))
+
+
+def _known(cls: type, prefix: str, defaults: Mapping[str, Any]) -> Iterator[tuple[str, Setting]]:
+    hints, docs = typing.get_type_hints(cls), _docs(cls)
+    for name, default in defaults.items():
+        key, hint = prefix + name, hints[name]
         nested = _settings_class(hint)
-        default = None if hint is nested else _default(field)
-        known[key] = Setting(key, hint, nested, default, docs.get(field.name, ""))
+        yield key, Setting(key, hint, nested, None if hint is nested else default, docs.get(name, ""))
         if nested is not None:
-            known.update(known_settings(nested, key + "."))
-    return known
+            yield from _known(nested, key + ".", _defaults(nested, default))
+
+
+def _defaults(cls: type, given: Any = None) -> dict[str, Any]:
+    """Field -> default value: those of ``given``, where the section stands in another one with defaults of its own."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    if isinstance(given, cls):
+        return {field.name: getattr(given, field.name) for field in fields}
+    return {field.name: _default(field) for field in fields}
 
 
 def _settings_class(hint: Any) -> type | None:
@@ -125,6 +131,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
+@functools.cache
 def _docs(cls: type) -> dict[str, str]:
     """Field name -> help, as jsonargparse reads it from ``Args:`` and from the docstrings below fields."""
     parser = ArgumentParser(print_config=None)
@@ -351,10 +358,15 @@ def _expand(value: Any, shortcuts: Mapping[str, str]) -> Any:
     return value
 
 
-def _build(cls: type, tree: Mapping[str, Any], key: str) -> Any:
-    """``cls`` from checked values; what its own checks refuse is told with the section's key."""
-    hints = typing.get_type_hints(cls)
-    values = {name: _value(hints[name], value, f"{key}.{name}" if key else name) for name, value in tree.items()}
+def _build(cls: type, tree: Mapping[str, Any], key: str, given: Any = None) -> Any:
+    """``cls`` from checked values, the others as in ``given`` (None: the class's own defaults).
+
+    What the class's own checks refuse is told with the section's key.
+    """
+    hints, defaults = typing.get_type_hints(cls), _defaults(cls, given)
+    values = {} if given is None else dict(defaults)
+    for name, value in tree.items():
+        values[name] = _value(hints[name], value, f"{key}.{name}" if key else name, defaults[name])
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -369,12 +381,12 @@ def _required(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing]
 
 
-def _value(hint: Any, value: Any, key: str) -> Any:
+def _value(hint: Any, value: Any, key: str, default: Any = None) -> Any:
     nested = _settings_class(hint)
     if nested is None:
         return value
     if isinstance(value, dict):
-        return _build(nested, value, key)
+        return _build(nested, value, key, default if isinstance(default, nested) else None)
     if isinstance(value, list):
         built = [_value(hint, item, f"{key}[{i}]") for i, item in enumerate(value)]
         return tuple(built) if get_origin(hint) is tuple else built
@@ -400,18 +412,44 @@ def to_yaml(settings: Any) -> str:
 
 
 def describe(cls: type, section: str | None = None) -> str:
-    """Every key with type, default and meaning; ``section`` keeps the keys of one section only."""
+    """Every key with type, default and meaning; ``section`` keeps the keys of one section only.
+
+    Sections of one kind (sets of data, optimizers) are explained once; the others refer to the first.
+    """
     lines: list[str] = []
-    for key, setting in known_settings(cls).items():
-        if section is not None and key != section and not key.startswith(section + "."):
+    first: dict[type, str] = {}
+    referring: list[str] = []
+    known = known_settings(cls)
+    for key, setting in known.items():
+        outside = section is not None and key != section and not key.startswith(section + ".")
+        if outside or key.startswith(tuple(referring)):
             continue
         if setting.hint is setting.nested:
             lines += ["", f"{key}: {setting.help}"]
-            continue
-        default = "required" if setting.default is dataclasses.MISSING else f"default {_written(setting.default)}"
-        lines.append(f"  {key} ({type_name(setting.hint)}; {default})")
-        lines += textwrap.wrap(setting.help, 108, initial_indent="      ", subsequent_indent="      ")
+        else:
+            default = "required" if setting.default is dataclasses.MISSING else f"default {_written(setting.default)}"
+            lines.append(f"  {key} ({type_name(setting.hint)}; {default})")
+            lines += _wrapped(setting.help)
+        if setting.nested in first:
+            lines += _wrapped(_as_there(known, key, first[setting.nested]))
+            referring.append(key + ".")
+        elif setting.nested is not None:
+            first[setting.nested] = key
     return "\n".join(lines).strip("\n")
+
+
+def _as_there(known: Mapping[str, Setting], here: str, there: str) -> str:
+    """ "keys as of `pretrain.optimizer`: lr (default 9.65e-06), betas, ..."; defaults only where they differ."""
+    words = []
+    for key, setting in known.items():
+        if key.startswith(here + "."):
+            same = known[there + key.removeprefix(here)].default == setting.default
+            words.append(f".{setting.name}" + ("" if same else f" (default {_written(setting.default)})"))
+    return f"{', '.join(words)}: as in `{there}`"
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 108, initial_indent="      ", subsequent_indent="      ")
 
 
 def _written(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -201,9 +202,13 @@ def test_help_of_run_documents_every_key(capsys: pytest.CaptureFixture[str]) -> 
     text = help_of("run", capsys)
     known = known_settings(Recipe)
     assert len(known) > 150
+    explained = {setting.nested: key for key, setting in reversed(known.items()) if setting.nested}
     for key, setting in known.items():
-        assert f"{key} (" in text or f"{key}: " in text, key
+        section, _, name = key.rpartition(".")
+        first = explained.get(known[section].nested, section) if section else section
+        assert re.search(rf"^ *{re.escape(f'{first}.{name}'.strip('.'))}(:| \()", text, re.MULTILINE), key
         assert setting.help, f"{key} has no docstring"
+    assert len(text.splitlines()) < 400
 
 
 def test_help_of_a_stage_keeps_to_its_section(capsys: pytest.CaptureFixture[str]) -> None:

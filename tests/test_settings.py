@@ -48,6 +48,7 @@ class Stage:
         extra: more data.
         sets: several sets.
         optimizer: its optimizer.
+        critic: another optimizer, with a learning rate of its own.
         steps: how many steps.
         name: a name.
         clip: a bound, or none.
@@ -58,6 +59,7 @@ class Stage:
     extra: Data | None = None
     sets: list[Data] = field(default_factory=list)
     optimizer: Optimizer = field(default_factory=Optimizer)
+    critic: Optimizer = field(default_factory=lambda: Optimizer(lr=3e-5))
     steps: int = 3
     name: str = ""
     clip: float | None = 0.2
@@ -121,6 +123,14 @@ def test_sections_left_out_or_empty_keep_their_defaults(tmp_path: Path) -> None:
     assert load(tmp_path, "output: /o\nstage:\n") == Run("/o")
 
 
+def test_a_section_given_in_part_keeps_the_rest_of_its_defaults(tmp_path: Path) -> None:
+    """Those of the place where the section stands, which may differ from its class's."""
+    run = load(tmp_path, "output: /o\nstage:\n  critic: {betas: [0.5, 0.6]}")
+    assert run.stage.critic == Optimizer(3e-5, (0.5, 0.6))
+    assert load(tmp_path, "output: /o", "stage.critic.betas=[0.5, 0.6]") == run
+    assert run.stage.optimizer == Optimizer()
+
+
 def test_overrides_win_and_refine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -150,7 +160,7 @@ def test_unknown_keys_at_any_depth_name_file_line_and_nearest(tmp_path: Path) ->
     assert lines == [
         f"{file}, line 2: unknown key `stagee`; did you mean `stage`?",
         f"{file}, line 4: unknown key `stage.stepz`; did you mean `stage.steps`?",
-        f"{file}, line 5: unknown key `stage.lr`; did you mean `stage.optimizer.lr`?",
+        f"{file}, line 5: unknown key `stage.lr`; did you mean `stage.optimizer.lr` or `stage.critic.lr`?",
         f"{file}, line 7: unknown key `stage.sets.paht`; did you mean `stage.sets.path`?",
         f"{file}, line 8: unknown key `stage.extra.formta`; did you mean `stage.extra.format`?",
         "command line: unknown key `stage.optimizer.beta`; did you mean `stage.optimizer.betas`?",
@@ -213,7 +223,10 @@ def test_describe_documents_every_key() -> None:
     text = describe(Run)
     assert "output (str; required)\n      folder of the results." in text
     assert "stage.optimizer.lr (float; default 1.0e-05)\n      Peak learning rate." in text
-    assert "stage.extra.format (one of auto, jsonl, text; default auto)\n      how to read them." in text
+    assert "stage.data.format (one of auto, jsonl, text; default auto)\n      how to read them." in text
+    assert "stage.extra (a section of settings or null; default null)\n      more data." in text
+    assert "      .path, .format, .fields: as in `stage.data`\n" in text
+    assert "      .lr (default 3.0e-05), .betas: as in `stage.optimizer`\n" in text
     assert "stage.clip (float or null; default 0.2)" in text
     assert "output" not in describe(Run, "stage")
 

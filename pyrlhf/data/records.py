@@ -142,7 +142,7 @@ class DataConfig:
             and in a recipe a relative path starts at the recipe's folder. Empty where there is no such set.
         format: How the files are read; "auto" goes by their names (.jsonl, .json, .txt, each also .gz, or a folder).
             "labelled_lines" are lines ``label sentence``; as rankings they give one sentence of each class.
-        fields: Part of a record -> where it is in a row; see the head of this file.
+        fields: Part of a record -> where it is in a row; the head of pyrlhf/data/records.py tells it with examples.
         documents: What one document of a text file is.
         cut_off: The texts stop before their end (samples that ran out of tokens), so that no EOS may follow them.
         dialogue: "human_assistant" if dialogues are texts of "\\n\\nHuman: " and "\\n\\nAssistant: " turns.
