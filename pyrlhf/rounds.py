@@ -100,7 +100,8 @@ def collect_rankings(
         if world.is_main:
             _write(unranked, rows)
     world.barrier()
-    if world.is_main:
+
+    def join() -> None:
         if labeller is not None:
             _write(ranked, _label(_read(unranked), labeller, tokenizer))
         if ranked.exists():
@@ -108,7 +109,8 @@ def collect_rankings(
             new = DataConfig(path=str(ranked))
             _write(everything, [*_ranking_rows(old), *_ranking_rows(new)])
             metrics.note(f"{len(_read(everything))} rankings in {everything}")
-    world.barrier()
+
+    world.from_main(join)
     if not ranked.exists():
         raise RankingsNeeded(
             f"{unranked} holds {config.samples} answers to each prompt. Rank them: add to every line "

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -163,6 +163,24 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, compute: Callable[[], Any]) -> Any:
+        """What `compute()` gives on the main rank, on every rank. All must call it.
+
+        What it raises there is raised on all ranks (RuntimeError with its words on the others), so that nobody waits for one that left.
+        """
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = compute()
+            except Exception as raised:
+                error = raised
+        value, words = self.gather((value, "" if error is None else f"{type(error).__name__}: {error}"))[0]
+        if error is not None:
+            raise error
+        if words:
+            raise RuntimeError(f"rank 0 failed: {words}")
+        return value
 
     def barrier(self) -> None:
         if self.size > 1:

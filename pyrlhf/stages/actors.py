@@ -125,8 +125,8 @@ def function_scores(name: str, tokenizer: Tokenizer, world: World) -> Score:
     function: RewardFunction = import_function(name)
 
     def score(responses: Responses) -> Tensor:
-        given = list(function(*texts(responses, tokenizer))) if world.is_main else []
-        scores = torch.tensor(world.gather(given)[0], dtype=torch.float32)
+        given = world.from_main(lambda: list(map(float, function(*texts(responses, tokenizer)))))
+        scores = torch.tensor(given, dtype=torch.float32)
         if scores.shape != (len(responses),) or not bool(scores.isfinite().all()):
             raise ValueError(
                 f"ppo.reward_function: expected {len(responses)} finite scores from {name}, found {scores.numel()}, "

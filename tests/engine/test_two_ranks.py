@@ -94,6 +94,13 @@ def test_one_bad_rank_skips_the_step_on_all(two: dict[str, Any], stage: int) -> 
         assert good.grad_norm > 0
 
 
+def test_what_the_main_rank_alone_does_or_suffers_reaches_all(two: dict[str, Any]) -> None:
+    (value, error), (other, told) = two["from main"]
+    assert value == other == "made by 0"
+    assert error == 'KeyError: "a reward function\'s own mistake"'
+    assert told == f"RuntimeError: rank 0 failed: {error}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumes_bit_for_bit(two: dict[str, Any], stage: int) -> None:
     found = two[f"resumed {stage}"]

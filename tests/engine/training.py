@@ -120,6 +120,23 @@ def one_bad_rank(world: World, stage: int) -> dict[str, Any]:
     return result
 
 
+def from_main(world: World) -> list[tuple[Any, str]]:
+    """(a value that the main rank alone computes, the error that the main rank alone meets), as each rank sees them."""
+
+    def compute() -> str:
+        return f"made by {world.rank}"
+
+    def fail() -> None:
+        raise KeyError("a reward function's own mistake")
+
+    value = world.from_main(compute)
+    try:
+        world.from_main(fail)
+    except (KeyError, RuntimeError) as error:
+        return world.gather((value, f"{type(error).__name__}: {error}"))
+    return []
+
+
 def resumed(world: World, stage: int, folder: Path, dtype: str = "fp32") -> dict[str, Any]:
     """Weights and average after four updates straight, and after two, a save, and two by an engine that loaded it."""
 
@@ -176,6 +193,7 @@ def main(folder: Path) -> None:
             results[f"train {kind} {stage}"] = train(kind, world, stage)
         results[f"bad {stage}"] = one_bad_rank(world, stage)
         results[f"resumed {stage}"] = resumed(world, stage, folder / f"stage{stage}")
+    results["from main"] = from_main(world)
     results["frozen 3"] = frozen(world, 3)
     if world.is_main:
         torch.save(results, folder / "results.pt")
