@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class PPOConfig:
         max_new_tokens: budget of a response.
         temperature: sampling temperature; log-probs are tempered alike everywhere.
         truncated: what becomes of a response that does not end within its budget: "penalise" gives it truncated_score, "drop" leaves it
-            out, "score" gives it the reward model's score.
+            out (an update without any other is skipped, the third in a row stops the run), "score" gives it the reward model's score.
         truncated_score: score of a truncated response under "penalise".
         kl_coef: β, coefficient of the KL penalty a token.
         kl_target: KL in nats a response that an adaptive coefficient steers to; null: β stays fixed.
@@ -154,6 +154,9 @@ class PPOConfig:
         return LengthRule(self.max_prompt_tokens, self.too_long, self.keep)
 
 
+_MAX_EMPTY_IN_A_ROW = 3
+
+
 # One update: responses -> experience -> minibatches of optimizer steps ------------------------------------------------
 
 
@@ -172,12 +175,20 @@ def make_experience(actors: Actors, responses: Responses, config: PPOConfig, *, 
 
 def finished(responses: Responses) -> Responses:
     """Those that ended within their budget."""
-    kept = responses.select([i for i, truncated in enumerate(responses.truncated) if not truncated])
-    if not len(kept):
+    return responses.select([i for i, truncated in enumerate(responses.truncated) if not truncated])
+
+
+def count_empty(state: dict[str, Any], step: int, kept: int, metrics: Metrics) -> bool:
+    """Whether 'drop' has left nothing to learn from, which is told and counted in `state`; ValueError at the third in a row."""
+    state["empty_in_a_row"] = 0 if kept else state["empty_in_a_row"] + 1
+    state["empty_updates"] += not kept
+    if state["empty_in_a_row"] >= _MAX_EMPTY_IN_A_ROW:
         raise ValueError(
-            "ppo.truncated: 'drop' left no response of the batch; raise ppo.max_new_tokens or use 'penalise'"
+            f"ppo.truncated: 'drop' left no response of {_MAX_EMPTY_IN_A_ROW} batches in a row; raise ppo.max_new_tokens or use 'penalise'"
         )
-    return kept
+    if not kept:
+        metrics.note(f"update {step + 1} skipped: every response was truncated, and ppo.truncated is 'drop'")
+    return not kept
 
 
 def update(
@@ -350,7 +361,7 @@ def train_ppo(
     held_out = HeldOut(config, actors, ema, tokenizer=tokenizer, metrics=metrics, folder=folder)
     draw = draws(len(prompts), config.batch_size // config.samples_per_prompt, seed=seed)
     controller = KLController(config.kl_target, config.kl_horizon)
-    state = {"kl_coef": config.kl_coef}
+    state: dict[str, Any] = {"kl_coef": config.kl_coef, "empty_updates": 0, "empty_in_a_row": 0}
 
     def step(k: int) -> tuple[dict[str, float], int]:
         watch = Stopwatch()
@@ -359,10 +370,16 @@ def train_ppo(
         responses = respond(actors.policy, asked, actors.sampling, n=n, first_id=first_id)
         watch.lap("rollout", responses.tokens)
         numbers = {"response_length": responses.tokens / len(responses), "eos_rate": responses.eos_rate}
-        responses = finished(responses) if config.truncated == "drop" else responses
+        numbers["kl_coef"] = state["kl_coef"]
+        if config.truncated == "drop":
+            sampled, responses = responses.tokens, finished(responses)
+            nothing = count_empty(state, k, len(responses), metrics)
+            numbers |= {"responses_kept": len(responses), "empty_updates": state["empty_updates"]}
+            if nothing:
+                return numbers | watch.numbers, sampled
         experience = make_experience(actors, responses, config, kl_coef=state["kl_coef"])
         watch.lap("experience")
-        numbers |= describe(experience) | {"kl_coef": state["kl_coef"]}
+        numbers |= describe(experience)
         numbers |= update(actors, experience, ptx, config, seed=seed, step=k)
         watch.lap("training", experience.tokens.numel() * config.epochs)
         if ema is not None:

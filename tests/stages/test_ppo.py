@@ -368,9 +368,25 @@ def test_a_reward_function_that_is_not_there_is_named(house: tiny.House, name: s
         function_scores(name, house.tokenizer, init_world(EngineConfig(device="cpu")))
 
 
-def test_a_dropped_batch_says_what_to_do(house: tiny.House, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"ppo\.truncated: 'drop' left no response"):
-        run(house, tmp_path, truncated="drop", max_new_tokens=1, batch_size=2)
+def test_a_dropped_batch_skips_its_update_and_three_in_a_row_stop(
+    house: tiny.House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"truncated": "drop", "batch_size": 2, "minibatches": 1, "updates": 6, "reward_function": "tiny:letters"}
+    batches = iter([False, True, True, False, True, True])
+
+    def some_end(policy: Any, prompts: Any, *args: Any, n: int, first_id: int) -> Responses:
+        finish = "length" if next(batches) else "eos"
+        return Responses([[5, 6, 7]] * 2, [2, 2], [finish] * 2, [torch.full((1,), -5.0)] * 2)
+
+    monkeypatch.setattr(ppo, "respond", some_end)
+    lines = run(house, tmp_path / "some", **settings)
+    assert [line["responses_kept"] for line in lines] == [2, 0, 0, 2, 0, 0]
+    assert lines[-1]["empty_updates"] == 4
+    assert ["grad_norm" in line for line in lines] == [True, False, False, True, False, False]
+    assert "update 2 skipped: every response was truncated" in capsys.readouterr().out
+    batches = iter([False, True, True, True])
+    with pytest.raises(ValueError, match=r"ppo\.truncated: 'drop' left no response of 3 batches in a row"):
+        run(house, tmp_path / "none", **settings)
 
 
 def test_models_that_do_not_fit_each_other_are_refused(house: tiny.House, tmp_path: Path) -> None:
