@@ -30,7 +30,7 @@ class GenerateConfig:
         max_prompt_tokens: longer prompts are dropped or truncated.
         too_long: what becomes of longer prompts.
         keep: which end of a truncated prompt stays.
-        count: samples in all; the prompts are gone through as often as it takes.
+        count: samples in all; the prompts are gone through as often as it takes. Those without any text are left out.
         held_out: so many of them, the last ones, go into held_out.jsonl instead of samples.jsonl.
         max_new_tokens: budget of a sample.
         temperature: 0 is greedy.
@@ -86,8 +86,9 @@ def write_samples(
             responses = respond(policy, [prompts[i % len(prompts)] for i in ids], sampling, first_id=first)
             rows += text_rows(responses, tokenizer)
             bar.advance(len(responses), tokens=responses.tokens)
+    rows = _with_text(rows, config, metrics)
     if world.is_main:
-        split = config.count - config.held_out
+        split = len(rows) - config.held_out
         _write(folder / "samples.jsonl", rows[:split])
         _write(folder / "held_out.jsonl", rows[split:])
     world.barrier()
@@ -99,6 +100,19 @@ def text_rows(responses: Responses, tokenizer: Tokenizer) -> list[dict[str, Any]
     """{"text", "prompt", "response", "finish"} of each response."""
     pairs = zip(responses.sequences, *texts(responses, tokenizer), responses.finish, strict=True)
     return [{"text": tokenizer.decode(s), "prompt": p, "response": r, "finish": why} for s, p, r, why in pairs]
+
+
+def _with_text(rows: Sequence[dict[str, Any]], config: GenerateConfig, metrics: Metrics) -> list[dict[str, Any]]:
+    """Those that hold anything to read: a model may end at once, and an empty text is no data."""
+    kept = [row for row in rows if row["text"].strip()]
+    if len(kept) < len(rows):
+        metrics.note(f"{len(rows) - len(kept)} of {len(rows)} samples left out: empty texts")
+    if len(kept) <= config.held_out:
+        raise ValueError(
+            f"generate.count: expected more than held_out ({config.held_out}) samples with text, found {len(kept)} among {len(rows)}; "
+            "raise count, or give generate.prompts"
+        )
+    return kept
 
 
 def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -234,6 +234,29 @@ def test_samples_as_text_files(house: tiny.House, tmp_path: Path) -> None:
     assert [json.loads(line)["prompt"] for line in (free / "samples.jsonl").read_text().splitlines()] == ["", ""]
 
 
+def test_samples_without_text_are_left_out_and_counted(
+    house: tiny.House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pyrlhf.stages import GenerateConfig, generate
+
+    def every_other(policy: Any, prompts: list[list[int]], *args: Any, first_id: int) -> Responses:
+        """From nothing but BOS, every other sample ends at once, as a model may do."""
+        answers = [[*house.tokenizer.encode("red"), 1] if i % 2 else [1] for i in range(len(prompts))]
+        sequences = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        logprobs = [torch.zeros(len(answer)) for answer in answers]
+        return Responses(sequences, list(map(len, prompts)), ["eos"] * len(prompts), logprobs)
+
+    monkeypatch.setattr(generate, "respond", every_other)
+    settings = GenerateConfig(count=6, held_out=1)
+    folder = generate.write_samples(settings, model=house.model, **house.common(tmp_path / "some"))
+    parts = [(folder / f"{part}.jsonl").read_text().splitlines() for part in ("samples", "held_out")]
+    assert [[json.loads(line)["text"] for line in part] for part in parts] == [["red"] * 2, ["red"]]
+    assert "3 of 6 samples left out: empty texts" in capsys.readouterr().out
+    settings = GenerateConfig(count=6, held_out=4)
+    with pytest.raises(ValueError, match=r"generate\.count: expected more than held_out \(4\) .* found 3 among 6"):
+        generate.write_samples(settings, model=house.model, **house.common(tmp_path / "none"))
+
+
 def test_a_rank_without_prompts_still_gets_all_responses(house: tiny.House) -> None:
     """One prompt and two ranks, played one after the other: the first has nothing to answer."""
     engine = HybridEngine(CausalLM.from_pretrained(house.model), EngineConfig(device="cpu"))
