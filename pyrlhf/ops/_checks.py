@@ -25,10 +25,12 @@ def check_tensor(
 ) -> None:
     """Raises unless ``t`` is a tensor of this shape (None = any size), dtype (one of), device and layout.
 
-    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or layout.
+    Raises TypeError for a wrong type, dtype or sparse layout, ValueError for a wrong shape, device or order in memory.
     """
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, found {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, found layout {t.layout}; convert it with .to_dense()")
     if dtype is not None:
         allowed = (dtype,) if isinstance(dtype, torch.dtype) else dtype
         if t.dtype not in allowed:

@@ -86,6 +86,7 @@ def decode_attention(
     """
     _check(q, k_cache, v_cache, page_table, seq_lens, window, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
+    q, k_cache, v_cache = q.detach(), k_cache.detach(), v_cache.detach()
     out: Tensor = _decode_attention(q, k_cache, v_cache, page_table, seq_lens, window, scale)
     return out
 

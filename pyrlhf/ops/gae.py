@@ -66,7 +66,8 @@ def gae(
         check_tensor("gae", "bootstrap", bootstrap, shape=(sequences,), dtype=rewards.dtype, device=rewards.device)
     check_number("gae", "gamma", gamma, low=0.0, high=1.0)
     check_number("gae", "lam", lam, low=0.0, high=1.0)
-    advantages, returns = _op(rewards, values, cu_seqlens, bootstrap, gamma, lam)
+    bootstrap = None if bootstrap is None else bootstrap.detach()
+    advantages, returns = _op(rewards.detach(), values.detach(), cu_seqlens, bootstrap, gamma, lam)
     return advantages, returns
 
 

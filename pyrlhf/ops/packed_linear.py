@@ -61,7 +61,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, a
     Raises ValueError or TypeError naming the argument.
     """
     _check(x, packed, bias, activation)
-    y: Tensor = _packed_linear(x, packed.panels, bias, activation)
+    bias = None if bias is None else bias.detach()
+    y: Tensor = _packed_linear(x.detach(), packed.panels, bias, activation)
     return y
 
 

@@ -94,7 +94,7 @@ def sample(
         raise ValueError(f"sample: logits must have 1 to {_MAX_VOCAB} columns, found {vocab}")
     _check_options(seed, temperature, top_k, top_p, min_p)
     op = _op if torch.compiler.is_compiling() else _sample  # eager decoding skips the dispatcher
-    tokens, logprobs = op(logits, ids, positions, seed, temperature, top_k, top_p, min_p)
+    tokens, logprobs = op(logits.detach(), ids, positions, seed, temperature, top_k, top_p, min_p)
     return tokens, logprobs
 
 

@@ -79,7 +79,7 @@ def test_products_depend_on_the_distance_only():
 def test_bits_do_not_depend_on_other_rows(dtype):
     q, k, positions, inv_freq = inputs(50, 14, 7, dtype)
     every = rotary(q, k, positions, inv_freq)
-    for _ in range(20):
+    for _ in range(1000):
         assert all(torch.equal(a, b) for a, b in zip(every, rotary(q, k, positions, inv_freq), strict=True))
     for rows in (slice(0, 1), slice(13, 50)):
         some = rotary(q[rows], k[rows], positions[rows], inv_freq)
