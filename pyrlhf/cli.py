@@ -235,7 +235,12 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     accuracy.add_argument("model", type=Path, help="folder of a reward model")
     text = _command(kinds, "perplexity", _eval, "perplexity of a language model on text", settings=True)
     text.add_argument("model", type=Path, help="folder of a language model")
-    text.add_argument("--context", type=int, default=512, help="tokens of a block (default: %(default)s)")
+    text.add_argument(
+        "--context",
+        type=int,
+        default=512,
+        help="tokens of a block, at most the model's own context (default: %(default)s)",
+    )
     for kind, name in ((win, "winrate"), (accuracy, "reward-accuracy"), (text, "perplexity")):
         _device_options(kind)
         kind.add_argument("--json", action="store_true", help="print the numbers as JSON")

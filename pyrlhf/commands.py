@@ -61,14 +61,23 @@ def evaluate(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, An
     device, dtype = _device(args), DTYPES[args.dtype]
     if args.kind == "perplexity":
         records, _ = read_texts(data)
-        blocks = text_blocks(records, tokenizer, args.context)
         lm = CausalLM.from_pretrained(args.model, dtype=dtype, device=device)
-        return perplexity(lm, blocks, tokens_per_batch=args.batch_size * args.context)._asdict()
+        context = min(args.context, lm.config.max_positions)
+        blocks = text_blocks(records, tokenizer, context)
+        return perplexity(lm, blocks, tokens_per_batch=args.batch_size * context)._asdict()
     rankings, _ = encode_rankings(read_rankings(data)[0], tokenizer, LengthRule(), LengthRule())
     reward = ScalarModel.from_pretrained(args.model, dtype=dtype, device=device)
-    found = reward_accuracy(reward, rankings)
+    room = reward.config.max_positions
+    fitting = [r for r in rankings if len(r.prompt) + max(map(len, r.answers)) <= room]
+    found = reward_accuracy(reward, fitting)
     by_k = {f"accuracy of K={k}": accuracy for k, (accuracy, _) in found.by_k.items()}
-    return {"accuracy": found.accuracy, "pairs": found.pairs, "rankings": found.rankings, **by_k}
+    return {
+        "accuracy": found.accuracy,
+        "pairs": found.pairs,
+        "rankings": found.rankings,
+        "too long": len(rankings) - len(fitting),
+        **by_k,
+    }
 
 
 def lines(numbers: Mapping[str, Any]) -> Iterator[str]:

@@ -293,6 +293,7 @@ def test_eval_perplexity(models: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = numbers(words, capsys)
     vocabulary = json.loads((models / "lm" / "config.json").read_text())["vocab_size"]
     assert found["perplexity"] == pytest.approx(vocabulary, rel=0.2)  # random weights know next to nothing
+    assert numbers([*words, "--context", "128"], capsys) == found  # the model reads no more
     assert numbers([*words, "--context", "8", "documents=line"], capsys)["tokens"] != found["tokens"]
     assert cli.main(words) == 0
     assert capsys.readouterr().out.startswith("perplexity  ")
@@ -304,6 +305,16 @@ def test_eval_reward_accuracy(models: Path, capsys: pytest.CaptureFixture[str]) 
     found = numbers(["eval", "reward-accuracy", str(models / "rm"), str(models / "rank.jsonl")], capsys)
     assert (found["pairs"], found["rankings"]) == (3, 2)
     assert found["accuracy"] == pytest.approx((found["accuracy of K=2"] + 2 * found["accuracy of K=3"]) / 3)
+
+
+def test_eval_leaves_out_rankings_longer_than_the_model_reads(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.jsonl").write_text(
+        (models / "rank.jsonl").read_text() + json.dumps({"prompt": "x" * 200, "chosen": "b", "rejected": "c"}) + "\n"
+    )
+    found = numbers(["eval", "reward-accuracy", str(models / "rm"), str(tmp_path / "long.jsonl")], capsys)
+    assert (found["rankings"], found["too long"]) == (2, 1)
 
 
 def test_eval_winrate_of_files_by_a_labeller(
