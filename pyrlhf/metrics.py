@@ -64,8 +64,10 @@ class Metrics:
     def samples_path(self) -> Path:
         return self.folder / "samples.jsonl"
 
-    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
+    def log(self, step: int, numbers: Mapping[str, Any], *, show: bool = False) -> None:
         """Write one line of numbers (Python numbers or tensors of one element) and refresh the live line.
+
+        ``show`` also prints all of them, above the bar and into the log.
 
         Raises:
             TypeError: a value is not a number.
@@ -76,6 +78,8 @@ class Metrics:
         _append(self.path, [self._line(step, values)])
         if self._bars:
             self._bars[0].show(live_line(values))
+        if show:
+            say(f"{self.stage}, step {step}: {' · '.join(f'{name} {_short(value)}' for name, value in values.items())}")
         if self._writer_class is not None:
             writer = self._tensorboard()
             for name, value in values.items():

@@ -35,6 +35,14 @@ def test_a_line_a_step(tmp_path: Path) -> None:
     assert line == {"stage": "sft", "step": 3, "loss": 2.5, "tokens": 7, "skipped": 1}
 
 
+def test_numbers_are_shown_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = Metrics(tmp_path, "reward")
+    metrics.log(1, {"loss": 0.5})
+    metrics.log(2, {"eval/loss": 0.25, "eval/pairs": 12}, show=True)
+    assert capsys.readouterr().out == "reward, step 2: eval/loss 0.25 · eval/pairs 12\n"
+    assert len(metrics.path.read_text().splitlines()) == 2
+
+
 def test_nonfinite_numbers_are_null_and_named(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path, "ppo")
     metrics.log(1, {"loss": float("nan"), "kl": float("-inf"), "reward": 1.0})

@@ -144,7 +144,7 @@ class HeldOut:
 
     def _log(self, done: int, numbers: dict[str, float]) -> None:
         if numbers:
-            self.metrics.log(done, {f"eval/{name}": value for name, value in numbers.items()})
+            self.metrics.log(done, {f"eval/{name}": value for name, value in numbers.items()}, show=True)
 
     def _write(self, table: dict[str, dict[str, float]]) -> None:
         if self.actors.world.is_main:

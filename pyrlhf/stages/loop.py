@@ -63,6 +63,7 @@ def run_steps(
     metrics: Metrics,
     description: str,
     save_every: int = 0,
+    show_every: int = 0,
     state: dict[str, Any] | None = None,
     before: Callable[[], None] | None = None,
     after: Callable[[int], None] | None = None,
@@ -77,6 +78,7 @@ def run_steps(
         metrics: where the numbers go.
         description: shown beside the progress bar.
         save_every: steps between checkpoints; 0 saves none.
+        show_every: steps between printed lists of all numbers; 0 prints none.
         state: what else a checkpoint holds; updated in place when one is loaded.
         before: called once before step 0, not when resuming.
         after: called after each step with the number of finished steps (evaluation, sample tables).
@@ -95,7 +97,7 @@ def run_steps(
             seconds = time.perf_counter() - began
             numbers |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib()}
             numbers["skipped_steps"] = sum(engine.skipped_steps for engine in engines.values())
-            metrics.log(k + 1, numbers)
+            metrics.log(k + 1, numbers, show=bool(show_every) and k % show_every == 0)
             bar.advance(1, tokens=tokens)
             if after is not None:
                 after(k + 1)

@@ -73,7 +73,7 @@ class PPOConfig:
         critic_optimizer: the critic's.
         ema_decay: decay of the moving average of the policy's weights per update; 0: none.
         eval_every: updates between evaluations on eval_prompts; 0: only at the start and the end.
-        sample_every: updates between sample tables.
+        sample_every: updates between sample tables and printed lists of all numbers; 0: none.
         save_every: updates between checkpoints.
     """
 
@@ -397,6 +397,7 @@ def train_ppo(
         metrics=metrics,
         description="PPO" if ptx is None else "PPO-ptx",
         save_every=config.save_every,
+        show_every=config.sample_every,
         state=state,
         before=held_out.begin,
         after=held_out.every,

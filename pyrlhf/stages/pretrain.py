@@ -79,7 +79,7 @@ def train_pretrain(
     def after(done: int) -> None:
         if held_out is not None and (done == total or (config.eval_every and done % config.eval_every == 0)):
             loss = evaluate_language_model(policy, held_out, budget)
-            metrics.log(done, {"eval/loss": loss, "eval/perplexity": perplexity(loss)})
+            metrics.log(done, {"eval/loss": loss, "eval/perplexity": perplexity(loss)}, show=True)
 
     run_steps(
         total,

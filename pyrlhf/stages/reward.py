@@ -86,7 +86,8 @@ def train_reward(
         if held_out and (done == total or (config.eval_every and done % config.eval_every == 0)):
             found = reward_accuracy(reward, held_out, tokens_per_batch=budget, world=world)
             numbers = {"eval/loss": found.loss, "eval/accuracy": found.accuracy, "eval/pairs": found.pairs}
-            metrics.log(done, numbers | {f"eval/accuracy_k{k}": accuracy for k, (accuracy, _) in found.by_k.items()})
+            numbers |= {f"eval/accuracy_k{k}": accuracy for k, (accuracy, _) in found.by_k.items()}
+            metrics.log(done, numbers, show=True)
 
     run_steps(
         total,
@@ -99,7 +100,7 @@ def train_reward(
         after=after,
     )
     if good:
-        metrics.log(total, calibrate(reward, good, budget, gain=config.calibrate == "bias_and_gain"))
+        metrics.log(total, calibrate(reward, good, budget, gain=config.calibrate == "bias_and_gain"), show=True)
     save_model(reward, folder / "model", tokenizer, kind="scalar")
     reward.close()
     return folder / "model"

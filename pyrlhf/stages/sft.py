@@ -90,7 +90,7 @@ def train_sft(
         if judge is not None:
             responses = respond(policy, held_out.prompts, sampling)
             merit = numbers["eval/reward"] = float(model_scores(judge, tokenizer, budget)(responses).mean())
-        metrics.log(done, numbers)
+        metrics.log(done, numbers, show=True)
         if merit > state["best"]["merit"]:
             state["best"] = {"merit": merit, "step": done}
             save_model(policy, folder / "model", tokenizer)
