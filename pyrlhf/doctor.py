@@ -14,8 +14,12 @@ from typing import Any
 from pyrlhf import __version__
 from pyrlhf.terminal import quiet
 
-NEEDED = ("torch", "deepspeed", "transformers", "safetensors", "datasets", "jsonargparse", "rich", "matplotlib")
+NEEDED = (
+    *("torch", "deepspeed", "transformers", "safetensors", "datasets"),
+    *("jsonargparse", "pyyaml", "rich", "matplotlib", "numpy"),
+)
 OPTIONAL = ("triton", "tensorboard")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass
@@ -60,11 +64,27 @@ def examine() -> Findings:
 
 
 def _packages(found: Findings) -> None:
+    asked = _asked()
     for name in (*NEEDED, *OPTIONAL):
         version = _version(name)
         found.add(name, version or ("missing" if name in NEEDED else "not installed (optional)"))
         if version is None and name in NEEDED:
             found.wrong.append(f"{name} is not installed: pip install {name}")
+        if version is not None and name in asked and not asked[name].specifier.contains(version, prereleases=True):
+            found.wrong.append(
+                f"{name} {version} does not do, pyrlhf needs it {asked[name].specifier}: pip install '{asked[name]}'"
+            )
+
+
+def _asked() -> dict[str, Any]:
+    """Name -> requirement, as the installed pyrlhf states them; empty where it runs from a folder that was not installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        every = [Requirement(line) for line in importlib.metadata.requires("pyrlhf") or []]
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    return {each.name.lower(): each for each in every if each.marker is None}
 
 
 def _version(name: str) -> str | None:
@@ -158,6 +178,12 @@ def _devices(found: Findings, torch: Any) -> None:
     if names and not built:
         found.hints.append(
             "a GPU is here but the CUDA half is not built: install nvcc, then PYRLHF_CUDA=on pip install ."
+        )
+    if not names and NVIDIA_DRIVER.exists():
+        why = "has no CUDA in it" if torch.version.cuda is None else f"was built for CUDA {torch.version.cuda}"
+        found.hints.append(
+            f"an NVIDIA driver is here but torch sees no GPU (this torch {why}): install a torch that fits the driver, "
+            "see https://pytorch.org/get-started/locally"
         )
     if names and _version("triton") is None:
         found.hints.append("a GPU is here but triton is not: pip install triton")

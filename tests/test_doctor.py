@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,30 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     text = capsys.readouterr().out
     assert "wrong: safetensors is not installed: pip install safetensors" in text
     assert text.splitlines()[-1] == "1 to mend before pyrlhf runs"
+
+
+def test_a_package_that_is_too_old(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if not doctor._asked():
+        pytest.skip("pyrlhf is not installed here, so nothing states its requirements")
+    known = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.0.1" if name == "safetensors" else known(name))
+    assert doctor.main() == 1
+    assert (
+        "wrong: safetensors 0.0.1 does not do, pyrlhf needs it >=0.6: pip install 'safetensors"
+        in capsys.readouterr().out
+    )
+
+
+def test_a_torch_that_does_not_see_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for driver, told in ((tmp_path, True), (tmp_path / "absent", False)):
+        monkeypatch.setattr(doctor, "NVIDIA_DRIVER", driver)
+        doctor.main()
+        assert ("note: an NVIDIA driver is here but torch sees no GPU" in capsys.readouterr().out) == told
 
 
 def test_a_core_that_is_not_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
