@@ -118,6 +118,7 @@ class HeldOut:
             with self.ema.swapped():
                 table["ema"] = self._measure("ema", done)
         self._log(done, table["policy"])
+        self._log(done, table.get("ema", {}), "eval_ema")
         self._write(table)
 
     def _measure(self, who: str, done: int) -> dict[str, float]:
@@ -142,9 +143,9 @@ class HeldOut:
         rows = zip(start.prompts, start.responses, start.scores, now.responses, now.scores, strict=True)
         self.metrics.samples(done, [dict(zip(names, row, strict=True)) for row in list(rows)[:_SHOWN]])
 
-    def _log(self, done: int, numbers: dict[str, float]) -> None:
+    def _log(self, done: int, numbers: dict[str, float], kind: str = "eval") -> None:
         if numbers:
-            self.metrics.log(done, {f"eval/{name}": value for name, value in numbers.items()}, show=True)
+            self.metrics.log(done, {f"{kind}/{name}": value for name, value in numbers.items()}, show=True)
 
     def _write(self, table: dict[str, dict[str, float]]) -> None:
         if self.actors.world.is_main:

@@ -82,6 +82,8 @@ def test_files_that_ppo_leaves(house: tiny.House, tmp_path: Path) -> None:
     logged = [line for line in tiny.lines(tmp_path) if "eval/reward" in line]
     assert [line["step"] for line in logged] == [0, 1, 2, 3]
     assert logged[-1]["eval/reward"] == table["policy"]["reward"]
+    (average,) = (line for line in tiny.lines(tmp_path) if "eval_ema/reward" in line)
+    assert average["eval_ema/reward"] == table["ema"]["reward"]
     sampled = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in sampled if "finish" in row] == [1] * 8 + [3] * 8
     assert {row["step"] for row in sampled if "start" in row} == {1, 2, 3}

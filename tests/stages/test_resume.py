@@ -25,8 +25,8 @@ class Interrupting(Metrics):
         super().__init__(folder, folder.name)
         self.last = last
 
-    def log(self, step: int, numbers: Mapping[str, Any]) -> None:
-        super().log(step, numbers)
+    def log(self, step: int, numbers: Mapping[str, Any], *, show: bool = False) -> None:
+        super().log(step, numbers, show=show)
         if step == self.last and "seconds" in numbers:
             raise Interrupted
 
