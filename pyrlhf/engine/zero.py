@@ -364,10 +364,6 @@ class ZeroEngine:
 
     forward = __call__
 
-    def align(self, n_microbatches: int) -> int:
-        """The largest number of micro-batches of any rank: all must run as many (ZeRO 2 and 3 communicate in each)."""
-        return self.world.max(n_microbatches)
-
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add this rank's part of a world-normalised loss to the gradients; `last` marks the final one before `step`.
 

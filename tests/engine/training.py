@@ -56,7 +56,7 @@ def update(engine: ZeroEngine, loss_of: Callable[..., Tensor], step: int, factor
     size = 1 + world.rank
     parts = [mine[i : i + size] for i in range(0, len(mine), size)]
     tokens = world.sum(float(sum(len(s) for s in mine)))
-    total = engine.align(len(parts))
+    total = world.max(len(parts))
     for i in range(total):
         weight = factor / tokens if i < len(parts) else 0.0
         engine.backward(loss_of(engine, parts[min(i, len(parts) - 1)]) * weight, last=i == total - 1)
