@@ -38,12 +38,17 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor, prefix: Tensor | None = None) -> None:
         self.cu_seqlens, self.prefix = cu_seqlens, prefix
         self._reach: int | None = None
+        self._unfolded: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
     ) -> Tensor:
         if window is not None and self.prefix is not None and window >= self._longest(self.prefix):
             window = None  # a window that cuts nothing off; the op takes no window together with a prefix
+        if window is not None and self.prefix is not None:
+            index, own, cu_seqlens = self._unfold(self.prefix)
+            whole = ops.attention(q[index], k[index], v[index], cu_seqlens, causal=causal, window=window, scale=scale)
+            return whole[own]
         return ops.attention(q, k, v, self.cu_seqlens, causal=causal, window=window, prefix=self.prefix, scale=scale)
 
     def _longest(self, prefix: Tensor) -> int:
@@ -52,6 +57,26 @@ class PackedAttention:
             lengths = self.cu_seqlens.diff() + (prefix[:, 1] - prefix[:, 0])
             self._reach = int(lengths.max()) if lengths.numel() else 0
         return self._reach
+
+    def _unfold(self, prefix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every sequence behind a prefix of its own, for layers whose window cuts something off.
+
+        Returns:
+            (packed token of each unfolded one, unfolded place of each packed token, cu_seqlens of the unfolded sequences).
+        """
+        if self._unfolded is None:
+            spans = zip(prefix.tolist(), self.cu_seqlens.tolist(), self.cu_seqlens.tolist()[1:], strict=False)
+            index: list[int] = []
+            own: list[int] = []
+            ends = [0]
+            for (first, last), start, end in spans:
+                index += [*range(first, last), *range(start, end)]
+                own += range(len(index) - (end - start), len(index))
+                ends.append(len(index))
+            packed_of, own_place = (torch.tensor(x, dtype=torch.int64, device=prefix.device) for x in (index, own))
+            cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=prefix.device)
+            self._unfolded = packed_of, own_place, cu_seqlens
+        return self._unfolded
 
 
 class Norm(nn.Module):

@@ -86,15 +86,23 @@ def test_answers_sharing_a_prompt_equal_separate_sequences(
     assert_same_gradients(model, copies, 1e-5)
 
 
-def test_a_window_that_cuts_nothing_off_may_meet_a_prefix(tiny_config: Any, ragged: Any, packed: Any) -> None:
-    prompt, answer = ragged(61, [6, 4]).sequences()
-    shared, whole = packed([prompt, answer]), packed([torch.cat([prompt, answer])])
-    positions = torch.arange(10)
-    prefix = torch.tensor([[0, 0], [0, 6]], dtype=torch.int32)
-    wide = CausalLM(tiny_config("gpt2", windows=(None, 10, 12)))
-    torch.testing.assert_close(wide(shared.tokens, positions, shared.cu_seqlens, prefix), wide(*whole))
-    with pytest.raises(ValueError, match="window"):
-        CausalLM(tiny_config("gpt2", windows=(None, 9, 12)))(shared.tokens, positions, shared.cu_seqlens, prefix)
+@pytest.mark.parametrize("window", [1, 3, 7, 9, 14])  # within an answer, into the prompt, up to all but one, all
+def test_answers_sharing_a_prompt_under_a_window_equal_separate_sequences(
+    window: int, tiny_config: Any, ragged: Any, packed: Any, spread: Spread
+) -> None:
+    model = spread(ScalarModel(tiny_config("gpt2", windows=(None, window, window))))
+    copies = copy.deepcopy(model)
+    prompt, *answers = ragged(61, [6, 3, 1, 8]).sequences()
+    shared = packed([prompt, *answers])
+    positions = torch.cat([torch.arange(6), *(6 + torch.arange(len(answer)) for answer in answers)])
+    prefix = torch.tensor([[0, 0], [0, 6], [0, 6], [0, 6]], dtype=torch.int32)
+    scores = model(shared.tokens, positions, shared.cu_seqlens, prefix)[6:]
+    apart = packed([torch.cat([prompt, answer]) for answer in answers])
+    separate = torch.cat([x[6:] for x in copies(*apart).split(apart.cu_seqlens.diff().tolist())])
+    torch.testing.assert_close(scores, separate, rtol=1e-5, atol=1e-5)
+    scores.square().sum().backward()
+    separate.square().sum().backward()
+    assert_same_gradients(model, copies, 1e-5)
 
 
 class GrowingCache:
