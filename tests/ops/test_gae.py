@@ -93,6 +93,19 @@ def test_tfagents_gae(isa: str, shared_data: Callable[[str], Path]) -> None:
         assert found == pytest.approx(case["expected"][rows], abs=1e-5)
 
 
+def test_rlax_discounted_returns(isa: str, shared_data: Callable[[str], Path]) -> None:
+    """lam = 1 and no values but the bootstrap; a discount a step becomes one by scaling rewards with what came before."""
+    case = golden(shared_data, "rlax_discounted_returns")
+    for r, discount, after, expected in zip(
+        case["r_t"], case["discount_t"], case["bootstrap_v"], case["expected"], strict=True
+    ):
+        past = torch.tensor([1.0, *discount]).cumprod(0)  # [T + 1]
+        rewards, cu = torch.tensor(r) * past[:-1], torch.tensor([0, len(r)], dtype=torch.int32)
+        bootstrap = (past[-1] * after)[None]
+        _, returns = gae(rewards, torch.zeros(len(r)), cu, gamma=1.0, lam=1.0, bootstrap=bootstrap)
+        assert (returns / past[:-1]).tolist() == pytest.approx(expected, rel=case["rtol"])
+
+
 def run_episodes(r: list[float], v: list[float], discount: list[float], final: float, lam: float) -> list[float]:
     ends = [t + 1 for t, d in enumerate(discount) if d == 0]
     bounds = [0, *ends] if ends and ends[-1] == len(r) else [0, *ends, len(r)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -79,6 +80,31 @@ def test_any_shape(rows, dim, vocabulary, scale, chunk_bytes):
     limit = 1e-5 * (1 + scale * dim)
     torch.testing.assert_close(logprob.double(), exact[torch.arange(rows), targets], rtol=1e-5, atol=limit)
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-5, atol=limit)
+
+
+@pytest.mark.parametrize("function", [linear_logprob, linear_logprob_ref])
+def test_golden_values_of_rlax(function, shared_data):
+    """Softmax at a temperature, entropy loss and policy gradient loss; the identity as weight makes hidden the logits."""
+    golden = json.loads((shared_data("golden_rl") / "golden_rl.json").read_text())
+
+    def of(logits: list[list[float]], targets: list[int], **options: float) -> tuple[Tensor, Tensor]:
+        hidden = torch.tensor(logits, dtype=torch.float32)
+        return function(hidden, torch.eye(hidden.shape[1]), torch.tensor(targets), **options)
+
+    case = golden["rlax_softmax_T10"]
+    for target in range(3):
+        found = of(case["logits"], [target] * 2, temperature=case["temperature"])[0].exp()
+        torch.testing.assert_close(found, torch.tensor(case["expected"])[:, target])
+    case = golden["rlax_entropy_loss"]
+    entropy = of(case["logits"], [0] * 3)[1]
+    losses = [-(torch.tensor(weights) * entropy).mean().item() for weights in case["weights"]]
+    assert losses == pytest.approx(case["expected"], abs=case["atol"])
+    case = golden["rlax_policy_gradient_loss"]
+    losses = [
+        -(torch.tensor(w) * torch.tensor(a) * of(case["logits"], actions)[0]).mean().item()
+        for w, a, actions in zip(case["weights"], case["advantages"], case["actions"], strict=True)
+    ]
+    assert losses == pytest.approx(case["expected"], abs=case["atol"])
 
 
 def test_extreme_logits_stay_finite(chunks):

@@ -145,6 +145,15 @@ def test_top_k_golden_values(isa: str, shared_data: Callable[[str], Path], k: in
     assert drawn(torch.tensor(case["logits"]), top_k=k) == expected
 
 
+@pytest.mark.parametrize("p", ["0.5", "0.6", "0.7", "1"])
+def test_top_p_golden_values(isa: str, shared_data: Callable[[str], Path], p: str) -> None:
+    """OpenAI's numbers and the token that crosses p, which they drop and we keep."""
+    case = json.loads((shared_data("golden_rl") / "golden_rl.json").read_text())["openai_lmhp_top_p"]
+    likeliest_first = sorted(range(7), key=lambda i: -case["logits"][i])
+    expected = likeliest_first[: len(case["kept"][p]) + 1]
+    assert drawn(torch.tensor(case["logits"]), top_p=float(p), temperature=1.0) == sorted(expected)
+
+
 def drawn(logits: Tensor, draws: int = 600, **options: Any) -> list[int]:
     """Every token that comes up at a temperature at which all kept ones are about equally likely."""
     numbers = torch.arange(draws)
