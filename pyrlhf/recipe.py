@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -343,16 +343,14 @@ class _Run:
         config = self.recipe.tokenizer
         assert config.train is not None
         folder = self.output / "start" / "tokenizer"
-        settings = {"tokenizer": plain(config)}
-        digest = _digest(settings)
-        if self.finished(folder, digest, settings, "tokenizer") is None and self.world.is_main:
-            self.mark(folder.parent, "started.json", digest="", settings={})
-            self.mark(folder, "started.json", digest=digest, settings=settings)
-            texts, _ = read_texts(config.train)
+        data = config.train
+
+        def make() -> None:
+            texts, _ = read_texts(data)
             say(f"tokenizer: training {config.vocab_size} tokens on {len(texts)} texts")
             Tokenizer.train((text.text for text in texts), config.vocab_size).save(folder)
-            self.mark(folder, "done.json", digest=digest, result=".")
-        self.world.barrier()
+
+        self._make_once(folder, {"tokenizer": plain(config)}, "tokenizer", make)
         return folder
 
     def start_model(self) -> Path:
@@ -363,16 +361,27 @@ class _Run:
         tokenizer = self.tokenizer
         folder = self.output / "start" / "model"
         settings = {"model": plain(source), "tokenizer": plain(self.recipe.tokenizer), "seed": self.recipe.seed}
-        digest = _digest(settings)
-        if self.finished(folder, digest, settings, "start model") is None and self.world.is_main:
-            self.mark(folder.parent, "started.json", digest="", settings={})
-            self.mark(folder, "started.json", digest=digest, settings=settings)
+
+        def make() -> None:
             config = new_model_config(source, tokenizer)
             say(f"start model: {config.parameter_count():,} new parameters")
             CausalLM(config, seed=self.recipe.seed).save_pretrained(folder, tokenizer=tokenizer)
-            self.mark(folder, "done.json", digest=digest, result=".")
-        self.world.barrier()
+
+        self._make_once(folder, settings, "start model", make)
         return folder
+
+    def _make_once(self, folder: Path, settings: dict[str, Any], title: str, make: Callable[[], None]) -> None:
+        """Let the main rank make what `folder` is to hold, unless it is there; what fails there fails on all ranks."""
+        digest = _digest(settings)
+
+        def unless_finished() -> None:
+            if self.finished(folder, digest, settings, title) is None:
+                self.mark(folder.parent, "started.json", digest="", settings={})
+                self.mark(folder, "started.json", digest=digest, settings=settings)
+                make()
+                self.mark(folder, "done.json", digest=digest, result=".")
+
+        self.world.from_main(unless_finished)
 
     def ready(self, step: Step, state: State) -> bool:
         """Whether a later round's step has its inputs (used when one stage is run alone)."""

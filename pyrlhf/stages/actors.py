@@ -125,7 +125,10 @@ def function_scores(name: str, tokenizer: Tokenizer, world: World) -> Score:
     function: RewardFunction = import_function(name)
 
     def score(responses: Responses) -> Tensor:
-        given = world.from_main(lambda: list(map(float, function(*texts(responses, tokenizer)))))
+        try:
+            given = world.from_main(lambda: list(map(float, function(*texts(responses, tokenizer)))))
+        except Exception as error:
+            raise RuntimeError(f"ppo.reward_function: {name} failed: {type(error).__name__}: {error}") from error
         scores = torch.tensor(given, dtype=torch.float32)
         if scores.shape != (len(responses),) or not bool(scores.isfinite().all()):
             raise ValueError(

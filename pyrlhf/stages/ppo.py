@@ -304,7 +304,10 @@ def summarise(minibatches: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def describe(experience: Experience) -> dict[str, float]:
-    """The numbers of the responses themselves. KL is in nats a response."""
+    """The numbers of the responses themselves. KL is in nats a response.
+
+    reward_raw is the mean of the scorer's (calibrated) scores, reward that of what they became by truncation penalty and clip.
+    """
     k1 = kl_estimate(experience.logprobs, experience.ref_logprobs, "k1")
     k3 = kl_estimate(experience.logprobs, experience.ref_logprobs, "k3")
     unexplained = (experience.returns - experience.values).var(unbiased=False)
