@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from common import Candidate, report
+from common import Candidate, memory_copy, report
 from torch import Tensor
 
 from pyrlhf import ops
@@ -53,6 +53,7 @@ def main(sequences: int = 512, length: int = 2048) -> None:
             "gae_ref (torch)": Candidate(lambda: ops.gae_ref(*flat), bytes_moved),
             "loop over time (TRL)": Candidate(lambda: loop_over_time(rewards, values), bytes_moved),
             "convolution (torchrl)": Candidate(lambda: convolution(rewards, values), bytes_moved),
+            "copy of as many bytes (they fit in cache)": memory_copy(megabytes=bytes_moved >> 21),
         },
         ours="pyrlhf",
     )

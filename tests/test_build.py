@@ -131,8 +131,6 @@ def test_cuda_that_cannot_be_had_is_an_error_that_says_what_to_do(
 
 def test_constraints_pin_every_dependency_and_what_those_need() -> None:
     """As far as the packages are installed here: what is not cannot say what it needs."""
-    if sys.version_info < (3, 11):
-        pytest.skip("reads pyproject.toml with tomllib")
     import tomllib
 
     requirements = pytest.importorskip("packaging.requirements")
