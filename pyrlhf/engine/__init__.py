@@ -12,6 +12,7 @@ from pyrlhf.engine.zero import (
     World,
     ZeroEngine,
     init_world,
+    keep_freed_memory,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "World",
     "ZeroEngine",
     "init_world",
+    "keep_freed_memory",
 ]
