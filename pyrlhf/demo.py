@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pyrlhf.metrics import Metrics, read_lines
+
 LIKED = ["lovely", "delicious", "perfect", "charming", "fresh", "superb", "splendid", "wonderful"]
 DISLIKED = ["awful", "bland", "stale", "dreadful", "burnt", "soggy", "horrid", "greasy"]
 PLAIN = ["warm", "small", "green", "simple", "quiet", "round", "salty", "usual"]
@@ -38,7 +40,7 @@ _SENTENCE = re.compile(
 )
 
 
-# The world: text, questions, answers, and what the labellers like ------------------------------------------------
+# The world: text, openings, how they go on, and what the labellers like ------------------------------------------------
 
 
 def sentence(rng: random.Random, subject: str) -> str:
@@ -57,10 +59,13 @@ def praise(rng: random.Random) -> str:
     return " and ".join(rng.sample(LIKED + DISLIKED + PLAIN, rng.randrange(1, 3)))
 
 
-def opening(rng: random.Random) -> str:
-    """A prompt: how a review begins."""
-    form = rng.choice(["the {} was", "the {} here was", "today the {} was", "at first the {} was"])
-    return "review: " + form.format(rng.choice(SUBJECTS))
+OPENINGS = [
+    f"review: {form.format(subject)}"
+    for form in ("the {} was", "the {} here was", "today the {} was", "at first the {} was")
+    for subject in SUBJECTS
+]
+HELD_OUT = OPENINGS[::5]  # for the verdict: no text, demonstration, ranking or prompt of training begins so
+KNOWN = [opening for opening in OPENINGS if opening not in HELD_OUT]
 
 
 def rest(rng: random.Random) -> str:
@@ -73,7 +78,7 @@ def document(rng: random.Random) -> str:
     """A piece of pretraining text: a review, a count, a sum, a fact or a chain of animals."""
     kind = rng.randrange(5)
     if kind == 0:
-        return opening(rng) + rest(rng)
+        return rng.choice(KNOWN) + rest(rng)
     if kind == 1:
         start = rng.randrange(6)
         return "count: " + " ".join(NUMBERS[start : start + rng.randrange(3, 7)]) + "."
@@ -146,11 +151,9 @@ def main(
     folder, size, began = Path(output), QUICK if quick else Size(), time.perf_counter()
     engine = EngineConfig(device=device)  # type: ignore[arg-type]  # the engine checks it
     world = init_world(engine)
-    if world.is_main:
-        clear(folder)
-        write_data(folder / "data", size, seed)
-    world.barrier()
-    run = Run(folder, size, engine, seed)
+    world.from_main(lambda: clear(folder))
+    world.from_main(lambda: write_data(folder / "data", size, seed))
+    run = Run(folder, size, engine, world, seed)
     table = run.everything()
     if world.is_main:
         (folder / "table.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
@@ -175,20 +178,16 @@ def clear(folder: Path) -> None:
 def write_data(folder: Path, size: Size, seed: int) -> None:
     """Generated text, demonstrations and prompts, with held-out parts."""
     rng = random.Random(f"data/{seed}")
-    demonstrations = [{"prompt": opening(rng), "response": rest(rng)} for _ in range(size.demonstrations)]
+    demonstrations = [{"prompt": rng.choice(KNOWN), "response": rest(rng)} for _ in range(size.demonstrations)]
     write_jsonl(folder / "text.jsonl", [{"text": document(rng)} for _ in range(size.documents)])
     write_jsonl(folder / "text-held-out.jsonl", [{"text": document(rng)} for _ in range(400)])
     write_jsonl(folder / "demonstrations.jsonl", demonstrations)
-    write_jsonl(folder / "prompts.jsonl", [{"prompt": opening(rng)} for _ in range(size.ranked_prompts)])
-    write_jsonl(folder / "judged.jsonl", [{"prompt": opening(rng)} for _ in range(size.judged)])
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": rng.choice(KNOWN)} for _ in range(size.ranked_prompts)])
+    write_jsonl(folder / "judged.jsonl", [{"prompt": rng.choice(HELD_OUT)} for _ in range(size.judged)])
 
 
 def read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -199,12 +198,13 @@ def write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 class Run:
     """The stages in order, each leaving a folder."""
 
-    def __init__(self, folder: Path, size: Size, engine: Any, seed: int) -> None:
+    def __init__(self, folder: Path, size: Size, engine: Any, world: Any, seed: int) -> None:
         from pyrlhf.data import Tokenizer
         from pyrlhf.model import CausalLM, ModelConfig
 
-        self.folder, self.data, self.size, self.engine, self.seed = folder, folder / "data", size, engine, seed
-        corpus = [row["text"] for row in read_jsonl(self.data / "text.jsonl")]
+        self.folder, self.data, self.size, self.seed = folder, folder / "data", size, seed
+        self.engine, self.world = engine, world
+        corpus = [row["text"] for row in read_lines(self.data / "text.jsonl")]
         self.tokenizer = Tokenizer.train(corpus, 640)
         heads = size.hidden // 32
         shape = ModelConfig.preset(
@@ -218,16 +218,13 @@ class Run:
             eos_id=self.tokenizer.eos_id,
         )
         self.start = folder / "0-start"
-        CausalLM(config, seed=seed).save_pretrained(self.start, self.tokenizer)
+        world.from_main(lambda: CausalLM(config, seed=seed).save_pretrained(self.start, self.tokenizer))
         self.samples: list[dict[str, Any]] = []
 
     def common(self, name: str) -> dict[str, Any]:
         """What every stage is given."""
-        from pyrlhf.engine import init_world
-        from pyrlhf.metrics import Metrics
-
         folder = self.folder / name
-        metrics = Metrics(folder, name[2:], is_main=init_world(self.engine).is_main)
+        metrics = Metrics(folder, name[2:], is_main=self.world.is_main)
         return {
             "tokenizer": self.tokenizer,
             "engine": self.engine,
@@ -277,16 +274,14 @@ class Run:
 
     def reward(self, sft: Path) -> Path:
         """Four samples of the SFT model for every prompt, ranked by the labellers; a tenth is held out."""
-        from pyrlhf.engine import OptimizerConfig, init_world
+        from pyrlhf.engine import OptimizerConfig
         from pyrlhf.stages import GenerateConfig, RewardConfig, train_reward, write_samples
 
         sampling = GenerateConfig(
             prompts=self.text("prompts"), count=self.size.ranked_prompts * ANSWERS, max_new_tokens=MAX_NEW_TOKENS
         )
         write_samples(sampling, model=sft, **self.common("3-samples"))
-        if init_world(self.engine).is_main:
-            self.label()
-        init_world(self.engine).barrier()
+        self.world.from_main(self.label)
         config = RewardConfig(
             data=self.text("rankings"),
             eval_data=self.text("rankings-held-out"),
@@ -298,8 +293,8 @@ class Run:
 
     def label(self) -> None:
         """Rank the samples as the labellers do, and hold a tenth of the rankings out."""
-        rows = read_jsonl(self.folder / "3-samples" / "samples.jsonl")
-        asked = [row["prompt"] for row in read_jsonl(self.data / "prompts.jsonl")]
+        rows = read_lines(self.folder / "3-samples" / "samples.jsonl")
+        asked = [row["prompt"] for row in read_lines(self.data / "prompts.jsonl")]
         rng = random.Random(f"labels/{self.seed}")
         rankings = []
         for i, prompt in enumerate(asked):
@@ -359,7 +354,7 @@ class Run:
             {"prompt": answers["SFT"]["prompts"][i], **{name: a["responses"][i] for name, a in answers.items()}}
             for i in range(4)
         ]
-        held_out = [line for line in read_jsonl(self.folder / "3-reward" / "metrics.jsonl") if "eval/accuracy" in line]
+        held_out = [line for line in read_lines(self.folder / "3-reward" / "metrics.jsonl") if "eval/accuracy" in line]
         return {
             "policies": rows,
             "reward_model_accuracy": held_out[-1]["eval/accuracy"],
@@ -369,7 +364,7 @@ class Run:
     def ceiling(self) -> float:
         """Share of the held-out labels' pairs that the gold scorer itself orders as the noisy labellers did."""
         right, pairs = 0.0, 0
-        for row in read_jsonl(self.data / "rankings-held-out.jsonl"):
+        for row in read_lines(self.data / "rankings-held-out.jsonl"):
             scores = [gold(row["prompt"], r) for r in row["responses"]]
             for i, j in itertools.permutations(range(len(scores)), 2):
                 if row["ranks"][i] < row["ranks"][j]:

@@ -14,9 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pyrlhf.metrics import read_lines
+from pyrlhf.settings import to_yaml
 
 SHOWN_SAMPLES = 24
 TELLING_PARTS = ("loss", "reward", "win_rate", "kl", "accuracy", "perplexity", "skipped")
@@ -74,7 +73,7 @@ def write_report(folder: Path, recipe: Mapping[str, Any]) -> Path:
     parts = [_stage_part(stage, str(stage.relative_to(folder))) for stage in stages]
     title = html.escape(folder.name)
     body = [f"<h1>{title}</h1>", _overview(stages, folder), *parts, "<h2>Recipe</h2>"]
-    body.append(f"<pre>{_escape(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))}</pre>")
+    body.append(f"<pre>{_escape(to_yaml(recipe))}</pre>")
     page = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f"<title>{title}</title><style>{STYLE}</style></head>\n<body>{''.join(body)}</body></html>\n"
