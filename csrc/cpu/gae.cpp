@@ -20,13 +20,14 @@ struct Decay {
 PYRLHF_INLINE Decay make_decay(float c) {
     Decay decay;
     decay.c = c;
-    float power = c;
+    // Each power is rounded once: an error in c^W would grow from vector to vector.
+    double power = static_cast<double>(c);
     for (vf& step : decay.step) {
-        step = broadcast(power);
+        step = broadcast(static_cast<float>(power));
         power *= power;
     }
-    power = 1.0f;
-    for (int j = W - 1; j >= 0; --j) decay.carried[j] = power *= c;
+    power = 1.0;
+    for (int j = W - 1; j >= 0; --j) decay.carried[j] = static_cast<float>(power *= static_cast<double>(c));
     return decay;
 }
 
