@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "core/philox.h"
 #include "cpu/dispatch.h"
 #if defined(PYRLHF_CUDA)
@@ -19,6 +21,28 @@ using address = uintptr_t;
 template <typename T>
 T* at(address a) {
     return reinterpret_cast<T*>(a);
+}
+
+// Sizes and strides of attention in the order of AttentionShape's integers.
+AttentionShape attention_shape(const std::array<int64_t, 12>& n, float scale, bool causal) {
+    return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], scale, causal};
+}
+
+bool attention(address q, address k, address v, address cu_seqlens, address prefix, address out, address lse,
+               const std::array<int64_t, 12>& sizes, float scale, bool causal, int dtype, int threads) {
+    return cpu().attention(at<void>(q), at<void>(k), at<void>(v), at<int32_t>(cu_seqlens), at<int32_t>(prefix),
+                           at<void>(out), at<float>(lse), attention_shape(sizes, scale, causal),
+                           static_cast<DType>(dtype), threads);
+}
+
+bool attention_backward(address grad_out, address q, address k, address v, address out, address lse, address cu_seqlens,
+                        address prefix, address grad_q, address grad_k, address grad_v,
+                        const std::array<int64_t, 12>& sizes, float scale, bool causal, int dtype, int threads) {
+    const AttentionGrads grads = {at<void>(grad_out), at<void>(out),    at<float>(lse),
+                                  at<void>(grad_q),   at<void>(grad_k), at<void>(grad_v)};
+    return cpu().attention_backward(grads, at<void>(q), at<void>(k), at<void>(v), at<int32_t>(cu_seqlens),
+                                    at<int32_t>(prefix), attention_shape(sizes, scale, causal),
+                                    static_cast<DType>(dtype), threads);
 }
 
 void gae(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
@@ -74,6 +98,8 @@ constexpr bool cuda_built = false;
 
 PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> released;
+    m.def("attention", &attention, released);
+    m.def("attention_backward", &attention_backward, released);
     m.def("gae", &gae, released);
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);

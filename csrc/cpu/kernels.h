@@ -8,6 +8,12 @@
 
 // clang-format off
 #define PYRLHF_CPU_KERNELS(KERNEL)                                                                                     \
+    KERNEL(attention, bool, (const void* q, const void* k, const void* v, const int32_t* cu_seqlens,                   \
+                             const int32_t* prefix, void* out, float* lse, const AttentionShape& shape, DType dtype,   \
+                             int threads))                                                                             \
+    KERNEL(attention_backward, bool, (const AttentionGrads& grads, const void* q, const void* k, const void* v,        \
+                                      const int32_t* cu_seqlens, const int32_t* prefix, const AttentionShape& shape,   \
+                                      DType dtype, int threads))                                                       \
     KERNEL(gae, void, (const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,   \
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
@@ -21,6 +27,24 @@
 // clang-format on
 
 namespace pyrlhf {
+
+// Sizes of attention. q is [tokens, heads, dim], k and v are [tokens, kv_heads, dim], each with its own strides in
+// elements; dim lies together. Everything else is contiguous. window is at least 1, INT64_MAX where there is none.
+// attention and attention_backward return false where memory ran out; then nothing is promised of the results.
+struct AttentionShape {
+    int64_t tokens, sequences, heads, kv_heads, dim;
+    int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+    int64_t window;
+    float scale;
+    bool causal;
+};
+
+// What the backward reads besides q, k and v, and what it writes.
+struct AttentionGrads {
+    const void *grad_out, *out;
+    const float* lse;  // [heads, tokens], natural logarithms
+    void *grad_q, *grad_k, *grad_v;
+};
 
 // The seven inputs of ppo_loss, [n] each; weights may be null (then every weight is options.weight).
 struct PpoArrays {

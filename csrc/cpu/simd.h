@@ -21,6 +21,7 @@ constexpr int W = 4;
 
 typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
 typedef float vf_half __attribute__((vector_size(2 * W)));
 typedef double vd __attribute__((vector_size(4 * W)));
 typedef uint16_t vh __attribute__((vector_size(2 * W)));
@@ -145,6 +146,59 @@ PYRLHF_INLINE vf log1p_unit(vf u) {
     p = p * q + 1.0f / 3;
     p = p * q + 1.0f;
     return 2.0f * s * p;
+}
+
+// 2^x for x <= 0 (or a little above) within 2 ulp; exactly 0 below -127, NaN stays NaN. x = n + r, |r| <= 1/2: adding
+// the magic number leaves n, with the exponent's bias, in the low bits; 2^r by a polynomial fitted to relative error.
+PYRLHF_INLINE vf exp2_small(vf x) {
+    const vf bounded = x < -127.0f ? broadcast(-127.0f) : x;
+    const vf shifted = bounded + 12583039.0f;  // 1.5 * 2^23 + 127
+    const vf r = bounded - (shifted - 12583039.0f);
+    vf p = broadcast(1.5353362e-4f);
+    p = p * r + 1.33988750e-3f;
+    p = p * r + 9.61843692e-3f;
+    p = p * r + 5.55033237e-2f;
+    p = p * r + 2.40226477e-1f;
+    p = p * r + 6.93147182e-1f;
+    p = p * r + 1.0f;
+    return p * (vf)((vi)shifted << 23);
+}
+
+// Transposing: zip(a, b) = a0 b0 a1 b1 ..., its first and its second half.
+template <bool high, int... J>
+PYRLHF_INLINE vi zip_by(vi a, vi b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (J / 2 + (J % 2 ? W : 0) + (high ? W / 2 : 0))...);
+#else
+    return __builtin_shuffle(a, b, vi{(J / 2 + (J % 2 ? W : 0) + (high ? W / 2 : 0))...});
+#endif
+}
+PYRLHF_INLINE vi zip_low(vi a, vi b) { return zip_by<false>(a, b, std::make_integer_sequence<int, W>{}); }
+PYRLHF_INLINE vi zip_high(vi a, vi b) { return zip_by<true>(a, b, std::make_integer_sequence<int, W>{}); }
+
+// W rows of W 32-bit lanes, in place: log2(W) rounds that each zip the first half of the rows with the second.
+PYRLHF_INLINE void transpose(vi (&rows)[W]) {
+    vi other[W];
+    for (int round = 1; round < W; round *= 2) {
+        for (int i = 0; i < W / 2; ++i) {
+            other[2 * i] = zip_low(rows[i], rows[i + W / 2]);
+            other[2 * i + 1] = zip_high(rows[i], rows[i + W / 2]);
+        }
+        for (int i = 0; i < W; ++i) rows[i] = other[i];
+    }
+}
+// to[c * to_row + r] = from[r * from_row + c] for 32-bit elements; rows and columns are multiples of W.
+template <typename Unit>
+PYRLHF_INLINE void transpose(const Unit* from, int64_t from_row, int64_t rows, int64_t columns, Unit* to,
+                             int64_t to_row) {
+    static_assert(sizeof(Unit) == 4, "32-bit lanes");
+    for (int64_t r = 0; r < rows; r += W)
+        for (int64_t c = 0; c < columns; c += W) {
+            vi block[W];
+            for (int j = 0; j < W; ++j) memcpy(&block[j], from + (r + j) * from_row + c, sizeof(vi));
+            transpose(block);
+            for (int j = 0; j < W; ++j) memcpy(to + (c + j) * to_row + r, &block[j], sizeof(vi));
+        }
 }
 
 }  // namespace PYRLHF_ISA

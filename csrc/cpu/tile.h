@@ -29,6 +29,32 @@ constexpr int tile_vectors = 4;  // 16 of 32 registers hold C
 constexpr int tile_vectors = 2;  // 8 of 16
 #endif
 
+// bfloat16 nearest to each float, ties to even, in the low half of the lane; NaN stays NaN.
+PYRLHF_INLINE vi rounded(vf x) {
+    const vi bits = (vi)x;
+    const vi nearest = (vi)(((vu)bits + 0x7FFFu + (((vu)bits >> 16) & 1u)) >> 16);
+    return x == x ? nearest : broadcast(0x7FC0);
+}
+// Pairs of two rows that are neighbours in k.
+#if defined(PYRLHF_ISA_avx512_bf16)
+PYRLHF_INLINE vi to_pairs(vf even, vf odd) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // even's 16, then odd's
+    alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                   8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (vi)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
+}
+PYRLHF_INLINE void store_rounded(bf16* p, vf x) {
+    const __m256bh low = _mm512_cvtneps_pbh((__m512)x);
+    memcpy(p, &low, sizeof(low));
+}
+#else
+PYRLHF_INLINE vi to_pairs(vf even, vf odd) { return rounded(even) | rounded(odd) << 16; }
+PYRLHF_INLINE void store_rounded(bf16* p, vf x) {
+    const vh low = __builtin_convertvector((vu)rounded(x), vh);
+    memcpy(p, &low, sizeof(low));
+}
+#endif
+
 // What a lane of a vector of units is held in.
 PYRLHF_INLINE vf broadcast_unit(const float* a) { return broadcast(*a); }
 PYRLHF_INLINE vi broadcast_unit(const pair* a) {
@@ -101,11 +127,12 @@ PYRLHF_INLINE void tile_column(float* c, const Unit* a, const Unit* b, int64_t r
 template <Into into, typename Unit>
 static void multiply(float* c, const Unit* a, const Unit* b, int64_t rows, int64_t vectors, int64_t depth,
                      const Strides& at, const float* factors = nullptr) {
-    const int64_t whole = vectors - vectors % tile_vectors;
-    for (int64_t n = 0; n < whole; n += tile_vectors)
-        tile_column<tile_vectors, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
-    for (int64_t n = whole; n < vectors; ++n)
-        tile_column<1, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
+    const int64_t n = vectors - vectors % tile_vectors;
+    for (int64_t i = 0; i < n; i += tile_vectors)
+        tile_column<tile_vectors, into>(c + i * W, a, b + i * W, rows, depth, at, factors + i * W);
+    if (vectors - n == 1) tile_column<1, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
+    if (vectors - n == 2) tile_column<2, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
+    if (vectors - n == 3) tile_column<3, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
 }
 
 }  // namespace PYRLHF_ISA

@@ -1,8 +1,8 @@
-"""Attention over packed ragged sequences, one sequence's scores at a time, forward and backward.
+"""Attention over packed ragged sequences, forward and backward.
 
-The forward keeps q, k, v, the output and one log-sum-exp a row and head; the backward makes each sequence's probabilities
-again from them (FlashAttention, arXiv:2205.14135, algorithms 1 and 4). A sequence's result depends on nothing but that
-sequence (and its prefix): every sequence is computed by itself, from memory of the same alignment.
+The forward keeps q, k, v, the output and one log-sum-exp a row and head; the backward makes the probabilities again from
+them (FlashAttention, arXiv:2205.14135, algorithms 1 and 4). A sequence's result depends on nothing but that sequence (and
+its prefix). On the CPU csrc/cpu/attention.cpp does it block by block; elsewhere torch, one sequence's scores at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_cu_seqlens, check_number, check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._core import use_core
-from pyrlhf.ops._library import define
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._library import define, eager_function
 
 MAX_HEAD_DIM = 256
-_ALIGNMENT = 64
+_EVERYTHING = 2**62  # a window that hides nothing
 
 
 class _Span(NamedTuple):
@@ -88,12 +88,13 @@ def attention(
     scale: multiplies the scores; default ``D ** -0.5``.
 
     Returns ``[T, Hq, D]`` in q's dtype, accumulated in float32. A token with nothing to see gives 0, and no gradient.
-    Never holds the scores of more than one sequence. Deterministic; a sequence's bits do not depend on its neighbours.
-    Raises ValueError or TypeError naming the argument.
+    Never holds the scores of more than one sequence, on the CPU of more than one block. Deterministic; a sequence's bits do
+    not depend on its neighbours. Raises ValueError or TypeError naming the argument.
     """
     _check(q, k, v, cu_seqlens, causal, window, prefix, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
-    out: Tensor = _attention(q, k, v, cu_seqlens, prefix, causal, window, scale)[0]
+    op = _attention if torch.compiler.is_compiling() else _eager
+    out: Tensor = op(q, k, v, cu_seqlens, prefix, causal, window, scale)[0]
     return out
 
 
@@ -138,15 +139,24 @@ def _check(
         check_number(op, "scale", scale, low=-1e30, high=1e30)
 
 
+def _check_ranges(cu_seqlens: Tensor, prefix: Tensor | None, tokens: int) -> None:
+    """Raises ValueError for offsets or prefixes that make no sense."""
+    check_cu_seqlens("attention", "cu_seqlens", cu_seqlens, tokens)
+    if prefix is None or not values_readable(prefix):
+        return
+    (first, last), (start, end) = prefix.unbind(1), (cu_seqlens[:-1], cu_seqlens[1:])
+    wrong = (first < 0) | (first > last) | (last > tokens) | (torch.maximum(first, start) < torch.minimum(last, end))
+    if bool(wrong.any()):
+        s = int(wrong.nonzero()[0])
+        _check_prefix(s, _Span(int(start[s]), int(end[s]), int(first[s]), int(last[s])), tokens)
+
+
 def _spans(cu_seqlens: Tensor, prefix: Tensor | None, tokens: int) -> list[_Span]:
     """The sequences that have tokens. Raises ValueError for offsets or prefixes that make no sense."""
-    check_cu_seqlens("attention", "cu_seqlens", cu_seqlens, tokens)
+    _check_ranges(cu_seqlens, prefix, tokens)
     cu = cu_seqlens.tolist()
     ranges = [[0, 0]] * (len(cu) - 1) if prefix is None else prefix.tolist()
     spans = [_Span(cu[s], cu[s + 1], *ranges[s]) for s in range(len(cu) - 1)]
-    if prefix is not None and values_readable(prefix):
-        for s, span in enumerate(spans):
-            _check_prefix(s, span, tokens)
     return [span for span in spans if span.end > span.start]
 
 
@@ -171,7 +181,7 @@ def _hidden_keys(span: _Span, causal: bool, window: int | None, device: torch.de
     return hidden if window is None else hidden | (key <= query - window)
 
 
-# -- implementation: heads are laid out [Hkv, group, L, D], so that a key head meets all its queries ------------------------
+# -- implementation ---------------------------------------------------------------------------------------------------------
 
 
 def _forward_impl(
@@ -184,27 +194,102 @@ def _forward_impl(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    spans = _spans(cu_seqlens, prefix, tokens)
     if window == 0:
+        _check_ranges(cu_seqlens, prefix, tokens)
         return out.zero_(), lse.fill_(-torch.inf)
-    forward = _flash_forward if use_core(q) else _matmul_forward
+    if not use_core(q):
+        _forward_by_sequence(q, k, v, cu_seqlens, prefix, causal, window, scale, out, lse)
+        return out, lse
+    _check_ranges(cu_seqlens, prefix, tokens)
+    inputs, *rest = _core_arguments(q, k, v, cu_seqlens, prefix, causal, window, scale)
+    _finished(core().attention(*map(address, (*inputs, out, lse)), *rest))
+    return out, lse
+
+
+def _backward_impl(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if window == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if not use_core(q):
+        return _backward_by_sequence(grad_out, q, k, v, out, lse, cu_seqlens, prefix, causal, window, scale)
+    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    (q, k, v, *offsets), *rest = _core_arguments(q, k, v, cu_seqlens, prefix, causal, window, scale)
+    tensors = (grad_out.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *offsets, *grads)
+    _finished(core().attention_backward(*map(address, tensors), *rest))
+    return grads
+
+
+def _core_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> tuple[Any, ...]:
+    """The tensors that the core reads, kept alive by the caller, then its numbers: AttentionShape in csrc/cpu/kernels.h."""
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    offsets = (cu_seqlens.contiguous(), None if prefix is None else prefix.contiguous())
+    (tokens, heads, dim), sequences = q.shape, cu_seqlens.shape[0] - 1
+    strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
+    sizes = [tokens, sequences, heads, k.shape[1], dim, *strides, _EVERYTHING if window is None else window]
+    return (q, k, v, *offsets), sizes, scale, causal, CORE_DTYPES.index(q.dtype), torch.get_num_threads()
+
+
+def _finished(done: bool) -> None:
+    if not done:
+        raise MemoryError(
+            "attention: the kernel's scratch memory could not be allocated; free some memory, or use fewer threads"
+        )
+
+
+# -- elsewhere: heads are laid out [Hkv, group, L, D], so that a key head meets all its queries -----------------------------
+
+
+def _forward_by_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    tokens, heads, _ = q.shape
+    spans = _spans(cu_seqlens, prefix, tokens)
     qh, kh, vh = _by_head(q, k), _by_head(k, k), _by_head(v, k)
     out_h, lse_h = _by_head(out, k), lse.view(k.shape[1], heads // k.shape[1], tokens)
     masks = _Masks(spans, causal, window, q.dtype, q.device)
     for span in spans:
         keys, values = _visible(kh, span), _visible(vh, span)
         length = span.end - span.start
-        own, own_lse = forward(_rows(qh, span), keys, values, masks.of(span), masks.is_causal(span), scale)
+        queries = qh.narrow(2, span.start, length)
+        own, own_lse = _matmul_forward(queries, keys, values, masks.of(span), masks.is_causal(span), scale)
         out_h.narrow(2, span.start, length).copy_(own)
         lse_h.narrow(2, span.start, length).copy_(own_lse)
-    return out, lse
 
 
-def _backward_impl(
+def _backward_by_sequence(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -223,9 +308,6 @@ def _backward_impl(
     wide = k.dtype if prefix is None else torch.promote_types(k.dtype, torch.float32)
     grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(k.shape, dtype=wide, device=q.device) for _ in range(2))
-    if window == 0:
-        return grad_q, grad_k, grad_v
-    backward = _flash_backward if use_core(q) else _matmul_backward
     spans = _spans(cu_seqlens, prefix, tokens)
     gh, qh, oh = _by_head(grad_out, k), _by_head(q, k), _by_head(out, k)
     kh, vh, lse_h = _by_head(k, k), _by_head(v, k), lse.view(kv_heads, heads // kv_heads, tokens)
@@ -233,9 +315,18 @@ def _backward_impl(
     masks = _Masks(spans, causal, window, q.dtype, q.device)
     for span in spans:
         length = span.end - span.start
-        saved = _rows(oh, span), lse_h.narrow(2, span.start, length).contiguous()
-        inputs = _rows(qh, span), _visible(kh, span), _visible(vh, span)
-        own_q, own_k, own_v = backward(_rows(gh, span), *inputs, *saved, masks.of(span), masks.is_causal(span), scale)
+        grad, queries, result, own_lse = (x.narrow(2, span.start, length) for x in (gh, qh, oh, lse_h))
+        own_q, own_k, own_v = _matmul_backward(
+            grad,
+            queries,
+            _visible(kh, span),
+            _visible(vh, span),
+            result,
+            own_lse,
+            masks.of(span),
+            masks.is_causal(span),
+            scale,
+        )
         grad_qh.narrow(2, span.start, length).copy_(own_q)
         for total, own in ((grad_kh, own_k), (grad_vh, own_v)):
             total.narrow(2, span.start, length).add_(own.narrow(2, span.prefix_length, length))
@@ -276,51 +367,12 @@ def _by_head(x: Tensor, k: Tensor) -> Tensor:
     return x.view(x.shape[0], k.shape[1], x.shape[1] // k.shape[1], x.shape[2]).permute(1, 2, 0, 3)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, copied where it starts off a cache line: BLAS may choose another order of summation by alignment."""
-    return x.clone() if x.data_ptr() % _ALIGNMENT else x
-
-
-def _rows(x: Tensor, span: _Span) -> Tensor:
-    return _aligned(x.narrow(2, span.start, span.end - span.start))
-
-
 def _visible(x: Tensor, span: _Span) -> Tensor:
     """The keys (values) of a sequence, its prefix first: ``[Hkv, 1, P + L, D]``."""
     own = x.narrow(2, span.start, span.end - span.start)
     if not span.prefix_length:
-        return _aligned(own)
+        return own
     return torch.cat([x.narrow(2, span.prefix_start, span.prefix_length), own], dim=2)
-
-
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    shape = (*q.shape[:2], *k.shape[2:])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k.expand(shape), v.expand(shape), 0.0, causal, attn_mask=mask, scale=scale
-    )
-    return out, lse
-
-
-def _flash_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (*q.shape[:2], *k.shape[2:])
-    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k.expand(shape), v.expand(shape), out, lse, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    if q.shape[1] == 1:
-        return grad_q, grad_k, grad_v
-    return grad_q, *(g.sum(1, keepdim=True, dtype=torch.float32) for g in (grad_k, grad_v))
 
 
 def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -408,3 +460,4 @@ _attention = define(
     backward=_backward,
     setup_context=_setup_context,
 )
+_eager = eager_function(_forward_impl, _setup_context, _backward)
