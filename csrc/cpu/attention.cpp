@@ -128,14 +128,22 @@ PYRLHF_INLINE vi visible(const Queries& queries, int64_t v, int64_t key, int64_t
 template <typename T, typename Unit>
 PYRLHF_INLINE void load_rows(const T* from, int64_t stride, int64_t count, int64_t filled, const Sizes<T>& size,
                              Unit* to) {
-    const size_t bytes = static_cast<size_t>(size.dim) * sizeof(T);
-    const size_t whole = static_cast<size_t>(size.row_units) * sizeof(Unit);
+    const int64_t whole = size.dim * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(vi));
+    const int64_t vectors = size.row_units / W;
+    const size_t rest = static_cast<size_t>(size.dim) * sizeof(T) % sizeof(vi);
     for (int64_t r = 0; r < count; ++r) {
-        char* row = reinterpret_cast<char*>(to + r * size.row_units);
-        memcpy(row, from + r * stride, bytes);
-        memset(row + bytes, 0, whole - bytes);
+        const char* in = reinterpret_cast<const char*>(from + r * stride);
+        vi row;
+        for (int64_t i = 0; i < whole; ++i) {
+            memcpy(&row, in + i * static_cast<int64_t>(sizeof(vi)), sizeof(vi));
+            store_units(to + r * size.row_units + i * W, row);
+        }
+        if (whole == vectors) continue;
+        row = vi{};
+        memcpy(&row, in + whole * static_cast<int64_t>(sizeof(vi)), rest);
+        store_units(to + r * size.row_units + whole * W, row);
     }
-    memset(to + count * size.row_units, 0, static_cast<size_t>(filled - count) * whole);
+    memset(to + count * size.row_units, 0, static_cast<size_t>((filled - count) * size.row_units) * sizeof(Unit));
 }
 
 PYRLHF_INLINE void negate(float* x, int64_t n) {
@@ -153,8 +161,7 @@ PYRLHF_INLINE void pair_rows(const pair* rows, int64_t count, const Sizes<T>& si
         const bf16* odd = reinterpret_cast<const bf16*>(rows + (r + 1) * size.row_units);
         pair* out = to + r / 2 * size.padded;
         for (int64_t d = 0; d < size.padded; d += W) {
-            const vi both = (vi)((vu)load(even + d) >> 16) | (vi)load(odd + d);
-            memcpy(out + d, &both, sizeof(both));
+            store_units(out + d, (vi)((vu)load(even + d) >> 16) | (vi)load(odd + d));
         }
     }
 }
@@ -253,6 +260,21 @@ PYRLHF_INLINE void score(const Unit* keys_by_row, const Unit* transposed, const 
     }
 }
 
+// sums[d][query] meets rows_by_key^T @ weights, the product along the keys of one block; both hold units along the
+// keys. Where there is a mask, two vectors of queries at a time stop at the last key that they see.
+template <Into into, typename T, typename Unit>
+PYRLHF_INLINE void along_keys(float* sums, const Unit* rows_by_key, const Unit* weights, const Queries& queries,
+                              const Keys& keys, const Sizes<T>& size, const float* factors = nullptr) {
+    constexpr int64_t e = UnitOf<T>::elements;
+    const int64_t step = keys.masked ? 2 : queries.vectors;
+    for (int64_t v = 0; v < queries.vectors; v += step) {
+        const int64_t seen = keys.masked ? queries.first + (v + step) * W - keys.first : keys.count;
+        multiply<into>(sums + v * W, rows_by_key, weights + v * W, size.rows, least(step, queries.vectors - v),
+                       (most(0, least(keys.count, seen)) + e - 1) / e, Strides{1, size.padded, block, block},
+                       factors + v * W);
+    }
+}
+
 // --- forward ---
 
 template <typename T>
@@ -282,8 +304,7 @@ PYRLHF_INLINE void put_weights(float* weights, int64_t key, int64_t v, vf even, 
     store(weights + (key + 1) * block + v * W, odd);
 }
 PYRLHF_INLINE void put_weights(pair* weights, int64_t key, int64_t v, vf even, vf odd) {
-    const vi both = to_pairs(even, odd);
-    memcpy(weights + key / 2 * block + v * W, &both, sizeof(both));
+    store_units(weights + key / 2 * block + v * W, to_pairs(even, odd));
 }
 
 // One step of the online softmax for vector v of the queries: scores become probabilities relative to the new maximum;
@@ -357,9 +378,8 @@ PYRLHF_INLINE void attend_block(const Tensors<T>& in, const Span& span, int64_t 
                               scratch.highest, scratch.total, scratch.factors);
         }
         load_values(in, keys, kv_head, scratch.rows, scratch.values);
-        multiply<Into::scale_and_add>(scratch.sums, scratch.values, scratch.weights, size.rows, queries.vectors,
-                                      (keys.count + UnitOf<T>::elements - 1) / UnitOf<T>::elements,
-                                      Strides{1, size.padded, block, block}, scratch.factors);
+        along_keys<Into::scale_and_add>(scratch.sums, scratch.values, scratch.weights, queries, keys, size,
+                                        scratch.factors);
     });
     for (int64_t i = 0; i < block; ++i) {
         const float total = scratch.total[i];
@@ -452,8 +472,7 @@ PYRLHF_INLINE void put_gradients(const Weights<pair>& to, int64_t key, int64_t v
         store_rounded(reinterpret_cast<bf16*>(to.by_query + (key + i) * block / 2) + v * W, p[i]);
         store_rounded(reinterpret_cast<bf16*>(to.grad_by_query + (key + i) * block / 2) + v * W, grad[i]);
     }
-    const vi both = to_pairs(grad[0], grad[1]);
-    memcpy(to.grad_by_key + key / 2 * block + v * W, &both, sizeof(both));
+    store_units(to.grad_by_key + key / 2 * block + v * W, to_pairs(grad[0], grad[1]));
 }
 
 template <typename T>
@@ -470,15 +489,24 @@ struct BackwardScratch {
             *each = arena.take<Unit>(block * size.padded);
         scores = arena.take<float>(block * block);
         grad_weights = arena.take<float>(block * block);
-        weights.by_query = arena.take<Unit>(block * block);
-        weights.grad_by_query = arena.take<Unit>(block * block);
-        weights.grad_by_key = UnitOf<T>::elements == 1 ? weights.grad_by_query : arena.take<Unit>(block * block);
+        set_weights(arena);
         grad_queries = arena.take<float>(size.padded * block);
         rows = arena.take<float>(size.padded * block);
         for (float** each : {&lse, &delta, &factors}) *each = arena.take<float>(block);
     }
-    static int64_t bytes(const Sizes<T>& size) { return 4 * block * (11 * size.padded + 5 * block + 32); }
+    void set_weights(Arena& arena);
+    static int64_t bytes(const Sizes<T>& size) { return 4 * block * (11 * size.padded + 4 * block + 32); }
 };
+
+template <>
+void BackwardScratch<float>::set_weights(Arena&) {
+    weights = {scores, grad_weights, grad_weights};  // in place
+}
+template <>
+void BackwardScratch<bf16>::set_weights(Arena& arena) {
+    for (pair** each : {&weights.by_query, &weights.grad_by_query, &weights.grad_by_key})
+        *each = arena.take<pair>(block * block / 2);
+}
 
 // sum over d of grad[d] * out[d]: what the softmax takes off each gradient of a query's scores.
 template <typename T>
@@ -584,10 +612,8 @@ PYRLHF_INLINE void differentiate_block(const Tensors<T>& in, const Gradients<T>&
         const KeyGrads& to = in_prefix ? prefix : own;
         const int64_t offset = (keys.row - (in_prefix ? span.prefix_start : span.start)) * size.padded;
         add_key_grads(queries, keys, scratch, size, to.k + offset, to.v + offset);
-        multiply<Into::add>(scratch.grad_queries, along_rows(scratch.keys, keys.count, size, scratch.keys_along),
-                            scratch.weights.grad_by_key, size.rows, queries.vectors,
-                            (keys.count + UnitOf<T>::elements - 1) / UnitOf<T>::elements,
-                            Strides{1, size.padded, block, block});
+        along_keys<Into::add>(scratch.grad_queries, along_rows(scratch.keys, keys.count, size, scratch.keys_along),
+                              scratch.weights.grad_by_key, queries, keys, size);
     });
     write_transposed(scratch.grad_queries, scratch.factors, queries, size, scratch.rows, grads.grad_q + at_block,
                      stride);

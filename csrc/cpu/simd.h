@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+#    include <immintrin.h>
+#endif
+
 #include "core/dtype.h"
 
 namespace pyrlhf {
@@ -148,20 +152,27 @@ PYRLHF_INLINE vf log1p_unit(vf u) {
     return 2.0f * s * p;
 }
 
-// 2^x for x <= 0 (or a little above) within 2 ulp; exactly 0 below -127, NaN stays NaN. x = n + r, |r| <= 1/2: adding
-// the magic number leaves n, with the exponent's bias, in the low bits; 2^r by a polynomial fitted to relative error.
+// 2^x for x <= 0 (or a little above) within 3 ulp; 0 where that is no normal number any more, NaN stays NaN. x = n + r,
+// |r| <= 1/2; 2^r by a polynomial fitted to relative error.
+PYRLHF_INLINE vf exp2_fraction(vf r) {
+    vf p = broadcast(1.32647273e-3f);
+    p = p * r + 9.67151299e-3f;
+    p = p * r + 5.55073358e-2f;
+    p = p * r + 2.40222424e-1f;
+    p = p * r + 6.93147004e-1f;
+    return p * r + 1.0f;
+}
 PYRLHF_INLINE vf exp2_small(vf x) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    // (The forms without a mask make GCC 12 warn of its own header.)
+    const __m512 n = _mm512_maskz_roundscale_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_maskz_scalef_ps(0xFFFF, (__m512)exp2_fraction(x - (vf)n), n);
+#else
+    // Adding the magic number, 1.5 * 2^23 + 127, leaves n with the exponent's bias in the low bits.
     const vf bounded = x < -127.0f ? broadcast(-127.0f) : x;
-    const vf shifted = bounded + 12583039.0f;  // 1.5 * 2^23 + 127
-    const vf r = bounded - (shifted - 12583039.0f);
-    vf p = broadcast(1.5353362e-4f);
-    p = p * r + 1.33988750e-3f;
-    p = p * r + 9.61843692e-3f;
-    p = p * r + 5.55033237e-2f;
-    p = p * r + 2.40226477e-1f;
-    p = p * r + 6.93147182e-1f;
-    p = p * r + 1.0f;
-    return p * (vf)((vi)shifted << 23);
+    const vf shifted = bounded + 12583039.0f;
+    return exp2_fraction(bounded - (shifted - 12583039.0f)) * (vf)((vi)shifted << 23);
+#endif
 }
 
 // Transposing: zip(a, b) = a0 b0 a1 b1 ..., its first and its second half.

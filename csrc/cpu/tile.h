@@ -8,10 +8,6 @@
 // in the order of k, so its bits depend on neither the tile that it falls in nor the number of rows and columns.
 #pragma once
 
-#if defined(PYRLHF_ISA_avx512_bf16)
-#    include <immintrin.h>
-#endif
-
 #include "cpu/simd.h"
 
 namespace pyrlhf {
@@ -68,6 +64,7 @@ PYRLHF_INLINE vi load_units(const pair* b) {
     memcpy(&out, b, sizeof(out));
     return out;
 }
+PYRLHF_INLINE void store_units(void* p, vi units) { memcpy(p, &units, sizeof(units)); }
 PYRLHF_INLINE vf multiply_add(vf a, vf b, vf c) { return a * b + c; }
 #if defined(PYRLHF_ISA_avx512_bf16)
 PYRLHF_INLINE vf multiply_add(vi a, vi b, vf c) { return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
