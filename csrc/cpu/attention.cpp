@@ -24,10 +24,10 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t block = 64;                  // queries, and keys
-constexpr int64_t chunk_rows = 1024;           // query rows a backward item, where a sequence is long
-constexpr int64_t most_chunks = 8;             // items a group of sequences and a key head
-constexpr int64_t budget = int64_t{64} << 20;  // bytes of key and value gradients at a time
+constexpr int64_t block = 64;                 // queries, and keys
+constexpr int64_t chunk_rows = 2048;          // query rows a backward item, where a sequence is long
+constexpr int64_t most_chunks = 8;            // items a group of sequences and a key head
+constexpr int64_t budget = int64_t{8} << 20;  // bytes a thread of key and value gradients at a time
 constexpr float lowest = -3.402823466e38f;
 constexpr float log2_e = 1.44269504088896341f;
 constexpr double ln_2 = 0.693147180559945309;
@@ -310,8 +310,8 @@ PYRLHF_INLINE void put_weights(pair* weights, int64_t key, int64_t v, vf even, v
 // One step of the online softmax for vector v of the queries: scores become probabilities relative to the new maximum;
 // factors is what earlier sums must be multiplied by.
 template <bool masked, typename Unit>
-PYRLHF_INLINE void soften(float* scores, Unit* weights, const Queries& queries, const Keys& keys, int64_t v,
-                          float factor, int64_t window, float* highest, float* total, float* factors) {
+__attribute__((noinline)) void soften(float* scores, Unit* weights, const Queries& queries, const Keys& keys, int64_t v,
+                                      float factor, int64_t window, float* highest, float* total, float* factors) {
     float* column = scores + v * W;
     vf top = broadcast(lowest);
     for (int64_t j = 0; j < keys.count; ++j) {
@@ -532,9 +532,9 @@ struct Gradients {
 };
 
 template <bool masked, typename Unit>
-PYRLHF_INLINE void differentiate(const float* scores, const float* grad_weights, const Queries& queries,
-                                 const Keys& keys, float factor, int64_t window, const float* lse, const float* delta,
-                                 const Weights<Unit>& to) {
+__attribute__((noinline)) void differentiate(const float* scores, const float* grad_weights, const Queries& queries,
+                                             const Keys& keys, float factor, int64_t window, const float* lse,
+                                             const float* delta, const Weights<Unit>& to) {
     for (int64_t v = 0; v < queries.vectors; ++v) {
         const vf base = load(lse + v * W), less = load(delta + v * W);
         for (int64_t j = 0; j < keys.count; j += 2) {
@@ -777,7 +777,7 @@ bool backward(const Tensors<T>& in, const Gradients<T>& grads, const int32_t* cu
         largest = most(largest, floats_of(g));
         items += chunks_of(groups, g, in.group) * shape.kv_heads;
     }
-    const int64_t room = most(largest, least(total, budget / static_cast<int64_t>(sizeof(float))));
+    const int64_t room = most(largest, least(total, threads * budget / static_cast<int64_t>(sizeof(float))));
     float* const buffers = reinterpret_cast<float*>(allocate(room * static_cast<int64_t>(sizeof(float)) + 64));
     char* const memory = allocate(region * threads);
     Share* const plans = static_cast<Share*>(malloc(static_cast<size_t>(shares + 1) * sizeof(Share)));
@@ -802,12 +802,14 @@ bool backward(const Tensors<T>& in, const Gradients<T>& grads, const int32_t* cu
 #pragma omp for schedule(dynamic)
             for (int64_t item = 0; item < todo; ++item) {
                 const Share& share = plans[work[2 * item]];
-                differentiate_chunk(in, grads, cu_seqlens, prefix, groups, share, work[2 * item + 1], scratch,
-                                    buffers + share.offset);
+                float* const buffer = buffers + share.offset;
+                differentiate_chunk(in, grads, cu_seqlens, prefix, groups, share, work[2 * item + 1], scratch, buffer);
+                if (share.chunks == 1) write_key_grads(in, grads, cu_seqlens, groups, share, buffer);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t p = done; p < next; ++p)
-                write_key_grads(in, grads, cu_seqlens, groups, plans[p], buffers + plans[p].offset);
+                if (plans[p].chunks > 1)
+                    write_key_grads(in, grads, cu_seqlens, groups, plans[p], buffers + plans[p].offset);
         }
         done = next;
     }
