@@ -1,7 +1,7 @@
 // Attention over packed ragged sequences, forward and backward, without a matrix of scores (FlashAttention,
 // arXiv:2205.14135; the split into blocks as in FlashAttention-2, arXiv:2307.08691).
 //
-// A block of `block` queries of one head meets the keys that it may see, `block` of them at a time. Scores are kept
+// A block of queries of one head meets the keys that it may see, a block of keys at a time. Scores are kept
 // transposed, [key][query]: queries lie along the vector, so the maximum, the exponentials and the sum of a query need
 // no step across lanes, and keys and values are read as they lie in memory. Blocks that a mask hides are not visited.
 //
@@ -24,7 +24,8 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t block = 64;                 // queries, and keys
+constexpr int64_t query_block = 128;          // queries that meet
+constexpr int64_t key_block = 64;             // keys at a time
 constexpr int64_t chunk_rows = 2048;          // query rows a backward item, where a sequence is long
 constexpr int64_t most_chunks = 8;            // items a group of sequences and a key head
 constexpr int64_t budget = int64_t{8} << 20;  // bytes a thread of key and value gradients at a time
@@ -85,20 +86,20 @@ struct Keys {
 };
 
 PYRLHF_INLINE Queries queries_at(int64_t first, int64_t length) {
-    const int64_t count = least(block, length - first);
+    const int64_t count = least(query_block, length - first);
     return {first, count, (count + W - 1) / W};
 }
 
 // Calls visit(Keys) for every block of keys that these queries see, in order: the prefix, then their own sequence.
 template <typename Visit>
 PYRLHF_INLINE void each_block(const Span& span, const Queries& queries, const AttentionShape& shape, Visit visit) {
-    for (int64_t at = span.prefix_start; at < span.prefix_end; at += block)
-        visit(Keys{at, 0, least(block, span.prefix_end - at), false});
+    for (int64_t at = span.prefix_start; at < span.prefix_end; at += key_block)
+        visit(Keys{at, 0, least(key_block, span.prefix_end - at), false});
     const int64_t last_query = queries.first + queries.count - 1;
     const int64_t end = shape.causal ? last_query + 1 : span.end - span.start;
-    const int64_t begin = most(0, queries.first - shape.window + 1) / block * block;
-    for (int64_t at = begin; at < end; at += block) {
-        const int64_t count = least(block, end - at);
+    const int64_t begin = most(0, queries.first - shape.window + 1) / key_block * key_block;
+    for (int64_t at = begin; at < end; at += key_block) {
+        const int64_t count = least(key_block, end - at);
         const bool masked = shape.causal && (at + count - 1 > queries.first || at < last_query - shape.window + 1);
         visit(Keys{span.start + at, at, count, masked});
     }
@@ -108,6 +109,12 @@ PYRLHF_INLINE void each_block(const Span& span, const Queries& queries, const At
 PYRLHF_INLINE int64_t first_vector(const Queries& queries, const Keys& keys, int64_t key) {
     if (!keys.masked || keys.first + key <= queries.first) return 0;
     return (keys.first + key - queries.first) / W;
+}
+
+// Whether the mask hides some of these keys from some query of vector v.
+PYRLHF_INLINE bool hides(const Queries& queries, const Keys& keys, int64_t v, int64_t window) {
+    const int64_t first = queries.first + v * W;
+    return keys.masked && (keys.first + keys.count - 1 > first || keys.first < first + W - window);
 }
 
 PYRLHF_INLINE vi lane_numbers() {
@@ -180,14 +187,15 @@ PYRLHF_INLINE void write_row(const float* from, int64_t n, bf16* to) {
     memcpy(to + d, tail, static_cast<size_t>(n - d) * sizeof(bf16));
 }
 
-// to[query] = from[.][query] * factors[query]: the sums of a block, [D][block] transposed, into rows of the result.
+// to[query] = from[.][query] * factors[query]: the sums of a block, [D][query_block] transposed, into rows of the
+// result.
 template <typename T>
 PYRLHF_INLINE void write_transposed(float* from, const float* factors, const Queries& queries, const Sizes<T>& size,
                                     float* scratch, T* to, int64_t stride) {
     for (int64_t d = 0; d < size.dim; ++d)
         for (int64_t v = 0; v < queries.vectors; ++v)
-            store(from + d * block + v * W, load(from + d * block + v * W) * load(factors + v * W));
-    transpose(from, block, size.vectors * W, queries.vectors * W, scratch, size.padded);
+            store(from + d * query_block + v * W, load(from + d * query_block + v * W) * load(factors + v * W));
+    transpose(from, query_block, size.vectors * W, queries.vectors * W, scratch, size.padded);
     for (int64_t r = 0; r < queries.count; ++r) write_row(scratch + r * size.padded, size.dim, to + r * stride);
 }
 
@@ -241,37 +249,37 @@ PYRLHF_INLINE void load_queries(const Tensors<T>& in, const Span& span, int64_t 
                                 Unit* rows, Unit* transposed) {
     const Sizes<T>& size = in.size;
     const T* from = in.q + (span.start + queries.first) * in.shape.q_token + head * in.shape.q_head;
-    load_rows(from, in.shape.q_token, queries.count, block, size, rows);
-    transpose(rows, size.row_units, queries.vectors * W, size.row_units, transposed, block);
-    if (in.shape.scale < 0.0f) negate(transposed, size.row_units * block);
+    load_rows(from, in.shape.q_token, queries.count, queries.vectors * W, size, rows);
+    transpose(rows, size.row_units, queries.vectors * W, size.row_units, transposed, query_block);
+    if (in.shape.scale < 0.0f) negate(transposed, size.row_units * query_block);
 }
 
 // scores[key][query], for the keys of one block; parts that a mask hides are left as they are.
 template <typename T, typename Unit>
 PYRLHF_INLINE void score(const Unit* keys_by_row, const Unit* transposed, const Queries& queries, const Keys& keys,
                          const Sizes<T>& size, float* scores) {
-    const Strides at = {size.row_units, 1, block, block};
-    const int64_t step = keys.masked ? W : block;
+    const Strides at = {size.row_units, 1, query_block, query_block};
+    const int64_t step = keys.masked ? W : key_block;
     for (int64_t j = 0; j < keys.count; j += step) {
         const int64_t v = first_vector(queries, keys, j), rows = least(step, round_up(keys.count - j, tile_rows));
         if (v < queries.vectors)
-            multiply<Into::replace>(scores + j * block + v * W, keys_by_row + j * size.row_units, transposed + v * W,
-                                    rows, queries.vectors - v, size.depth, at);
+            multiply<Into::replace>(scores + j * query_block + v * W, keys_by_row + j * size.row_units,
+                                    transposed + v * W, rows, queries.vectors - v, size.depth, at);
     }
 }
 
 // sums[d][query] meets rows_by_key^T @ weights, the product along the keys of one block; both hold units along the
-// keys. Where there is a mask, two vectors of queries at a time stop at the last key that they see.
+// keys. Under a mask, two vectors of queries at a time stop at the last key that they see.
 template <Into into, typename T, typename Unit>
 PYRLHF_INLINE void along_keys(float* sums, const Unit* rows_by_key, const Unit* weights, const Queries& queries,
                               const Keys& keys, const Sizes<T>& size, const float* factors = nullptr) {
     constexpr int64_t e = UnitOf<T>::elements;
-    const int64_t step = keys.masked ? 2 : queries.vectors;
-    for (int64_t v = 0; v < queries.vectors; v += step) {
-        const int64_t seen = keys.masked ? queries.first + (v + step) * W - keys.first : keys.count;
-        multiply<into>(sums + v * W, rows_by_key, weights + v * W, size.rows, least(step, queries.vectors - v),
-                       (most(0, least(keys.count, seen)) + e - 1) / e, Strides{1, size.padded, block, block},
-                       factors + v * W);
+    for (int64_t v = 0, step; v < queries.vectors; v += step) {
+        const int64_t seen = keys.masked ? queries.first + (v + 2) * W - keys.first : keys.count;
+        step = seen < keys.count ? least(2, queries.vectors - v) : queries.vectors - v;
+        multiply<into>(sums + v * W, rows_by_key, weights + v * W, size.rows, step,
+                       (most(0, least(keys.count, seen)) + e - 1) / e,
+                       Strides{1, size.padded, query_block, query_block}, factors + v * W);
     }
 }
 
@@ -284,27 +292,27 @@ struct ForwardScratch {
     float *scores, *sums, *highest, *total, *factors;
     explicit ForwardScratch(const Sizes<T>& size, char* memory) {
         Arena arena{memory};
-        rows = arena.take<Unit>(block * size.row_units);
-        transposed = arena.take<Unit>(size.row_units * block);
-        keys = arena.take<Unit>(block * size.row_units);
-        values = arena.take<Unit>(block / UnitOf<T>::elements * size.padded);
-        weights = arena.take<Unit>(block * block);
-        scores = arena.take<float>(block * most(block, size.padded));
-        sums = arena.take<float>(size.padded * block);
-        highest = arena.take<float>(block);
-        total = arena.take<float>(block);
-        factors = arena.take<float>(block);
+        rows = arena.take<Unit>(query_block * size.row_units);
+        transposed = arena.take<Unit>(size.row_units * query_block);
+        keys = arena.take<Unit>(query_block * size.row_units);
+        values = arena.take<Unit>(query_block / UnitOf<T>::elements * size.padded);
+        weights = arena.take<Unit>(query_block * query_block);
+        scores = arena.take<float>(query_block * most(key_block, size.padded));
+        sums = arena.take<float>(size.padded * query_block);
+        highest = arena.take<float>(query_block);
+        total = arena.take<float>(query_block);
+        factors = arena.take<float>(query_block);
     }
-    static int64_t bytes(const Sizes<T>& size) { return 4 * block * (6 * size.padded + 2 * block + 32); }
+    static int64_t bytes(const Sizes<T>& size) { return 4 * query_block * (6 * size.padded + 2 * query_block + 32); }
 };
 
 // Puts the probabilities of vector v in place of its scores, [key][query] as units along the keys.
 PYRLHF_INLINE void put_weights(float* weights, int64_t key, int64_t v, vf even, vf odd) {
-    store(weights + key * block + v * W, even);
-    store(weights + (key + 1) * block + v * W, odd);
+    store(weights + key * query_block + v * W, even);
+    store(weights + (key + 1) * query_block + v * W, odd);
 }
 PYRLHF_INLINE void put_weights(pair* weights, int64_t key, int64_t v, vf even, vf odd) {
-    store_units(weights + key / 2 * block + v * W, to_pairs(even, odd));
+    store_units(weights + key / 2 * query_block + v * W, to_pairs(even, odd));
 }
 
 // One step of the online softmax for vector v of the queries: scores become probabilities relative to the new maximum;
@@ -315,7 +323,7 @@ __attribute__((noinline)) void soften(float* scores, Unit* weights, const Querie
     float* column = scores + v * W;
     vf top = broadcast(lowest);
     for (int64_t j = 0; j < keys.count; ++j) {
-        vf s = load(column + j * block);
+        vf s = load(column + j * query_block);
         if (masked) s = visible(queries, v, keys.first + j, window) ? s : broadcast(lowest);
         top = s > top ? s : top;
     }
@@ -325,7 +333,7 @@ __attribute__((noinline)) void soften(float* scores, Unit* weights, const Querie
     const vf shrink = exp2_small(before - top);
     vf sum = load(total + v * W) * shrink;
     const auto probability = [&](int64_t j) __attribute__((always_inline)) {
-        const vf p = exp2_small(load(column + j * block) * factor - top);
+        const vf p = exp2_small(load(column + j * query_block) * factor - top);
         return masked ? (visible(queries, v, keys.first + j, window) ? p : vf{}) : p;
     };
     int64_t j = 0;
@@ -363,14 +371,14 @@ PYRLHF_INLINE void attend_block(const Tensors<T>& in, const Span& span, int64_t 
     const AttentionShape& shape = in.shape;
     const int64_t kv_head = head / in.group;
     load_queries(in, span, head, queries, scratch.rows, scratch.transposed);
-    memset(scratch.sums, 0, static_cast<size_t>(size.padded * block) * sizeof(float));
-    for (int64_t i = 0; i < block; ++i) scratch.highest[i] = lowest, scratch.total[i] = 0.0f;
+    memset(scratch.sums, 0, static_cast<size_t>(size.padded * query_block) * sizeof(float));
+    for (int64_t i = 0; i < query_block; ++i) scratch.highest[i] = lowest, scratch.total[i] = 0.0f;
     each_block(span, queries, shape, [&](const Keys& keys) {
         const T* from = in.k + keys.row * shape.k_token + kv_head * shape.k_head;
         load_rows(from, shape.k_token, keys.count, round_up(keys.count, tile_rows), size, scratch.keys);
         score(scratch.keys, scratch.transposed, queries, keys, size, scratch.scores);
         for (int64_t v = 0; v < queries.vectors; ++v) {
-            if (keys.masked)
+            if (hides(queries, keys, v, shape.window))
                 soften<true>(scratch.scores, scratch.weights, queries, keys, v, in.factor, shape.window,
                              scratch.highest, scratch.total, scratch.factors);
             else
@@ -381,7 +389,7 @@ PYRLHF_INLINE void attend_block(const Tensors<T>& in, const Span& span, int64_t 
         along_keys<Into::scale_and_add>(scratch.sums, scratch.values, scratch.weights, queries, keys, size,
                                         scratch.factors);
     });
-    for (int64_t i = 0; i < block; ++i) {
+    for (int64_t i = 0; i < query_block; ++i) {
         const float total = scratch.total[i];
         scratch.factors[i] = 1.0f / total;
         if (i < queries.count)
@@ -395,7 +403,8 @@ template <typename T>
 bool forward(const Tensors<T>& in, const int32_t* cu_seqlens, const int32_t* prefix, T* out, float* lse, int threads) {
     const AttentionShape& shape = in.shape;
     int64_t blocks = 0;
-    for (int64_t s = 0; s < shape.sequences; ++s) blocks += (cu_seqlens[s + 1] - cu_seqlens[s] + block - 1) / block;
+    for (int64_t s = 0; s < shape.sequences; ++s)
+        blocks += (cu_seqlens[s + 1] - cu_seqlens[s] + query_block - 1) / query_block;
     const int64_t region = round_up(ForwardScratch<T>::bytes(in.size), 64);
     // Per block of queries: its sequence, and how many blocks come before that sequence.
     int64_t* const owners = static_cast<int64_t*>(malloc(static_cast<size_t>(2 * blocks + 1) * sizeof(int64_t)));
@@ -406,7 +415,7 @@ bool forward(const Tensors<T>& in, const int32_t* cu_seqlens, const int32_t* pre
         return false;
     }
     for (int64_t s = 0, at = 0; s < shape.sequences; ++s) {
-        const int64_t before = at, count = (cu_seqlens[s + 1] - cu_seqlens[s] + block - 1) / block;
+        const int64_t before = at, count = (cu_seqlens[s + 1] - cu_seqlens[s] + query_block - 1) / query_block;
         for (; at < before + count; ++at) {
             owners[2 * at] = s;
             owners[2 * at + 1] = before;
@@ -420,9 +429,9 @@ bool forward(const Tensors<T>& in, const int32_t* cu_seqlens, const int32_t* pre
         for (int64_t item = 0; item < blocks * shape.heads; ++item) {
             const int64_t s = owners[2 * (item / shape.heads)], before = owners[2 * (item / shape.heads) + 1];
             const Span span = span_of(cu_seqlens, prefix, s);
-            const int64_t length = span.end - span.start, count = (length + block - 1) / block;
+            const int64_t length = span.end - span.start, count = (length + query_block - 1) / query_block;
             const int64_t local = item - before * shape.heads, head = local / count;
-            const int64_t first = (count - 1 - local % count) * block;
+            const int64_t first = (count - 1 - local % count) * query_block;
             const Queries queries = queries_at(first, length);
             attend_block(in, span, head, queries, scratch,
                          out + ((span.start + first) * shape.heads + head) * shape.dim,
@@ -454,25 +463,25 @@ PYRLHF_INLINE pair* along_rows(pair* rows, int64_t count, const Sizes<T>& size, 
 // Probabilities and gradients of scores, as the three products want them.
 template <typename Unit>
 struct Weights {
-    Unit* by_query;       // [key][block] units along the queries: probabilities
+    Unit* by_query;       // [key][query_block] units along the queries: probabilities
     Unit* grad_by_query;  // the same of the scores' gradients
-    Unit* grad_by_key;    // [key / elements][block] units along the keys
+    Unit* grad_by_key;    // [key / elements][query_block] units along the keys
 };
 
 PYRLHF_INLINE void put_gradients(const Weights<float>& to, int64_t key, int64_t v, const vf (&p)[2],
                                  const vf (&grad)[2]) {
     for (int i = 0; i < 2; ++i) {
-        store(to.by_query + (key + i) * block + v * W, p[i]);
-        store(to.grad_by_query + (key + i) * block + v * W, grad[i]);
+        store(to.by_query + (key + i) * query_block + v * W, p[i]);
+        store(to.grad_by_query + (key + i) * query_block + v * W, grad[i]);
     }
 }
 PYRLHF_INLINE void put_gradients(const Weights<pair>& to, int64_t key, int64_t v, const vf (&p)[2],
                                  const vf (&grad)[2]) {
     for (int i = 0; i < 2; ++i) {
-        store_rounded(reinterpret_cast<bf16*>(to.by_query + (key + i) * block / 2) + v * W, p[i]);
-        store_rounded(reinterpret_cast<bf16*>(to.grad_by_query + (key + i) * block / 2) + v * W, grad[i]);
+        store_rounded(reinterpret_cast<bf16*>(to.by_query + (key + i) * query_block / 2) + v * W, p[i]);
+        store_rounded(reinterpret_cast<bf16*>(to.grad_by_query + (key + i) * query_block / 2) + v * W, grad[i]);
     }
-    store_units(to.grad_by_key + key / 2 * block + v * W, to_pairs(grad[0], grad[1]));
+    store_units(to.grad_by_key + key / 2 * query_block + v * W, to_pairs(grad[0], grad[1]));
 }
 
 template <typename T>
@@ -486,16 +495,16 @@ struct BackwardScratch {
         Arena arena{memory};
         for (Unit** each : {&queries, &queries_transposed, &queries_along, &grads, &grads_transposed, &grads_along,
                             &keys, &keys_along, &values})
-            *each = arena.take<Unit>(block * size.padded);
-        scores = arena.take<float>(block * block);
-        grad_weights = arena.take<float>(block * block);
+            *each = arena.take<Unit>(query_block * size.padded);
+        scores = arena.take<float>(query_block * query_block);
+        grad_weights = arena.take<float>(query_block * query_block);
         set_weights(arena);
-        grad_queries = arena.take<float>(size.padded * block);
-        rows = arena.take<float>(size.padded * block);
-        for (float** each : {&lse, &delta, &factors}) *each = arena.take<float>(block);
+        grad_queries = arena.take<float>(size.padded * query_block);
+        rows = arena.take<float>(size.padded * query_block);
+        for (float** each : {&lse, &delta, &factors}) *each = arena.take<float>(query_block);
     }
     void set_weights(Arena& arena);
-    static int64_t bytes(const Sizes<T>& size) { return 4 * block * (11 * size.padded + 4 * block + 32); }
+    static int64_t bytes(const Sizes<T>& size) { return 4 * query_block * (11 * size.padded + 4 * query_block + 32); }
 };
 
 template <>
@@ -505,7 +514,7 @@ void BackwardScratch<float>::set_weights(Arena&) {
 template <>
 void BackwardScratch<bf16>::set_weights(Arena& arena) {
     for (pair** each : {&weights.by_query, &weights.grad_by_query, &weights.grad_by_key})
-        *each = arena.take<pair>(block * block / 2);
+        *each = arena.take<pair>(query_block * query_block / 2);
 }
 
 // sum over d of grad[d] * out[d]: what the softmax takes off each gradient of a query's scores.
@@ -531,25 +540,24 @@ struct Gradients {
     T *grad_q, *grad_k, *grad_v;
 };
 
+// Probabilities and the gradients of scores, of vector v of the queries.
 template <bool masked, typename Unit>
 __attribute__((noinline)) void differentiate(const float* scores, const float* grad_weights, const Queries& queries,
-                                             const Keys& keys, float factor, int64_t window, const float* lse,
-                                             const float* delta, const Weights<Unit>& to) {
-    for (int64_t v = 0; v < queries.vectors; ++v) {
-        const vf base = load(lse + v * W), less = load(delta + v * W);
-        for (int64_t j = 0; j < keys.count; j += 2) {
-            vf p[2], grad[2];
-            for (int i = 0; i < 2; ++i) {
-                const int64_t at = (j + i) * block + v * W;
-                p[i] = exp2_small(load(scores + at) * factor - base);
-                grad[i] = p[i] * (load(grad_weights + at) - less);
-                if (!masked && j + i < keys.count) continue;
-                const vi seen = j + i < keys.count ? visible(queries, v, keys.first + j + i, window) : vi{};
-                p[i] = seen ? p[i] : vf{};
-                grad[i] = seen ? grad[i] : vf{};
-            }
-            put_gradients(to, j, v, p, grad);
+                                             const Keys& keys, int64_t v, float factor, int64_t window,
+                                             const float* lse, const float* delta, const Weights<Unit>& to) {
+    const vf base = load(lse + v * W), less = load(delta + v * W);
+    for (int64_t j = 0; j < keys.count; j += 2) {
+        vf p[2], grad[2];
+        for (int i = 0; i < 2; ++i) {
+            const int64_t at = (j + i) * query_block + v * W;
+            p[i] = exp2_small(load(scores + at) * factor - base);
+            grad[i] = p[i] * (load(grad_weights + at) - less);
+            if (!masked && j + i < keys.count) continue;
+            const vi seen = j + i < keys.count ? visible(queries, v, keys.first + j + i, window) : vi{};
+            p[i] = seen ? p[i] : vf{};
+            grad[i] = seen ? grad[i] : vf{};
         }
+        put_gradients(to, j, v, p, grad);
     }
 }
 
@@ -558,11 +566,11 @@ template <typename T>
 PYRLHF_INLINE void add_key_grads(const Queries& queries, const Keys& keys, const BackwardScratch<T>& scratch,
                                  const Sizes<T>& size, float* grad_k, float* grad_v) {
     constexpr int e = UnitOf<T>::elements;
-    const Strides at = {block / e, 1, size.padded, size.padded};
-    const int64_t step = keys.masked ? W : block;
+    const Strides at = {query_block / e, 1, size.padded, size.padded};
+    const int64_t step = keys.masked ? W : key_block;
     for (int64_t j = 0; j < keys.count; j += step) {
         const int64_t skipped = first_vector(queries, keys, j) * W / e, rows = least(step, keys.count - j);
-        const int64_t depth = (queries.count + e - 1) / e - skipped, from = j * (block / e) + skipped;
+        const int64_t depth = (queries.count + e - 1) / e - skipped, from = j * (query_block / e) + skipped;
         if (depth <= 0) continue;
         multiply<Into::add>(grad_v + j * size.padded, scratch.weights.by_query + from,
                             scratch.grads_along + skipped * size.padded, rows, size.vectors, depth, at);
@@ -582,18 +590,19 @@ PYRLHF_INLINE void differentiate_block(const Tensors<T>& in, const Gradients<T>&
     const int64_t kv_head = head / in.group, row = span.start + queries.first;
     const int64_t stride = shape.heads * shape.dim, at_block = row * stride + head * shape.dim;
     load_queries(in, span, head, queries, scratch.queries, scratch.queries_transposed);
-    load_rows(grads.grad_out + at_block, stride, queries.count, block, size, scratch.grads);
-    transpose(scratch.grads, size.row_units, queries.vectors * W, size.row_units, scratch.grads_transposed, block);
+    load_rows(grads.grad_out + at_block, stride, queries.count, queries.vectors * W, size, scratch.grads);
+    transpose(scratch.grads, size.row_units, queries.vectors * W, size.row_units, scratch.grads_transposed,
+              query_block);
     scratch.queries_along = along_rows(scratch.queries, queries.count, size, scratch.queries_along);
     scratch.grads_along = along_rows(scratch.grads, queries.count, size, scratch.grads_along);
-    for (int64_t i = 0; i < block; ++i) {
+    for (int64_t i = 0; i < query_block; ++i) {
         const bool real = i < queries.count;
         const int64_t at = at_block + i * stride;
         scratch.lse[i] = real ? grads.lse[head * shape.tokens + row + i] * log2_e : 0.0f;
         scratch.delta[i] = real ? dot(grads.grad_out + at, grads.out + at, size.dim) : 0.0f;
         scratch.factors[i] = shape.scale;
     }
-    memset(scratch.grad_queries, 0, static_cast<size_t>(size.padded * block) * sizeof(float));
+    memset(scratch.grad_queries, 0, static_cast<size_t>(size.padded * query_block) * sizeof(float));
     each_block(span, queries, shape, [&](const Keys& keys) {
         const int64_t filled = round_up(keys.count, tile_rows);
         load_rows(in.k + keys.row * shape.k_token + kv_head * shape.k_head, shape.k_token, keys.count, filled, size,
@@ -602,12 +611,14 @@ PYRLHF_INLINE void differentiate_block(const Tensors<T>& in, const Gradients<T>&
                   scratch.values);
         score(scratch.keys, scratch.queries_transposed, queries, keys, size, scratch.scores);
         score(scratch.values, scratch.grads_transposed, queries, keys, size, scratch.grad_weights);
-        if (keys.masked)
-            differentiate<true>(scratch.scores, scratch.grad_weights, queries, keys, in.factor, shape.window,
-                                scratch.lse, scratch.delta, scratch.weights);
-        else
-            differentiate<false>(scratch.scores, scratch.grad_weights, queries, keys, in.factor, shape.window,
-                                 scratch.lse, scratch.delta, scratch.weights);
+        for (int64_t v = 0; v < queries.vectors; ++v) {
+            if (hides(queries, keys, v, shape.window))
+                differentiate<true>(scratch.scores, scratch.grad_weights, queries, keys, v, in.factor, shape.window,
+                                    scratch.lse, scratch.delta, scratch.weights);
+            else
+                differentiate<false>(scratch.scores, scratch.grad_weights, queries, keys, v, in.factor, shape.window,
+                                     scratch.lse, scratch.delta, scratch.weights);
+        }
         const bool in_prefix = keys.row < span.start || keys.row >= span.end;
         const KeyGrads& to = in_prefix ? prefix : own;
         const int64_t offset = (keys.row - (in_prefix ? span.prefix_start : span.start)) * size.padded;
@@ -674,7 +685,7 @@ PYRLHF_INLINE void group_sequences(const int32_t* cu_seqlens, const int32_t* pre
         ++groups.starts[group];
         groups.bases[s] = groups.tokens[group];
         groups.tokens[group] += length;
-        groups.blocks[group] += (length + block - 1) / block;
+        groups.blocks[group] += (length + query_block - 1) / query_block;
     }
     int32_t filled = 0;
     for (int64_t g = 0; g < groups.count; ++g) filled += groups.starts[g];
@@ -698,7 +709,7 @@ struct Share {
 
 PYRLHF_INLINE int64_t chunks_of(const Groups& groups, int64_t g, int64_t heads) {
     const int64_t blocks = groups.blocks[g] * heads;
-    return most(1, least(most_chunks, (blocks * block + chunk_rows - 1) / chunk_rows));
+    return most(1, least(most_chunks, (blocks * query_block + chunk_rows - 1) / chunk_rows));
 }
 
 // The blocks of queries of one chunk of a share, in order: sequences, their heads, their blocks.
@@ -716,12 +727,12 @@ PYRLHF_INLINE void differentiate_chunk(const Tensors<T>& in, const Gradients<T>&
     for (int32_t i = groups.starts[share.group]; i < groups.starts[share.group + 1]; ++i) {
         const int64_t s = groups.order[i];
         const Span span = span_of(cu_seqlens, prefix, s);
-        const int64_t length = span.end - span.start, count = (length + block - 1) / block;
+        const int64_t length = span.end - span.start, count = (length + query_block - 1) / query_block;
         const KeyGrads own = {grad_k + groups.bases[s] * padded, grad_v + groups.bases[s] * padded};
         const KeyGrads shared = {grad_k + groups.prefix_bases[s] * padded, grad_v + groups.prefix_bases[s] * padded};
         for (int64_t local = most(0, begin - at); local < least(count * in.group, end - at); ++local)
             differentiate_block(in, grads, span, share.kv_head * in.group + local / count,
-                                queries_at(local % count * block, length), scratch, own, shared);
+                                queries_at(local % count * query_block, length), scratch, own, shared);
         at += count * in.group;
     }
 }
