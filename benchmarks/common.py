@@ -25,6 +25,7 @@ from pyrlhf.ops._core import core
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COPY = "copy (the machine's limit)"
+READ = "read (the machine's limit)"
 
 
 @dataclass
@@ -80,36 +81,46 @@ def memory_copy(megabytes: int = 64) -> Candidate:
     return Candidate(lambda: target.copy_(source), bytes=2 * 4 * source.numel())
 
 
+def memory_read(megabytes: int = 256) -> Candidate:
+    """The limit of what reads much and writes little: the sum of a large buffer. Offer it under the name READ."""
+    source = torch.ones(megabytes << 18)
+    return Candidate(source.sum, bytes=4 * source.numel())
+
+
 def report(op: str, case: str, candidates: dict[str, Candidate], ours: str, **options: float) -> dict[str, Timing]:
     """Measures, prints the table and writes it to ``results/<machine>.json`` under ``op`` and ``case``."""
     timings = measure(candidates, **options)  # type: ignore[arg-type]
     every = {**candidates, COPY: memory_copy()}
-    copied = every[COPY].bytes / timings[COPY].median
-    rows = [row(name, timings[name], every[name], copied, timings[ours].median) for name in timings]
+    speeds = {limit: every[limit].bytes / timings[limit].median for limit in (COPY, READ) if limit in every}
+    rows = [row(name, timings[name], every[name], speeds, timings[ours].median) for name in timings]
     show(op, case, rows)
     save(op, case, rows)
     return timings
 
 
-def row(name: str, timing: Timing, candidate: Candidate, copied: float, ours: float) -> dict[str, object]:
+def row(name: str, timing: Timing, candidate: Candidate, speeds: dict[str, float], ours: float) -> dict[str, object]:
     per_ms = 1 / timing.median
+    shares = {f"share_of_{limit.split()[0]}": candidate.bytes * per_ms / speed for limit, speed in speeds.items()}
     return {
         "way": name,
         **{f"{key}_ms": round(value, 4) for key, value in asdict(timing).items()},
         "gb_s": round(candidate.bytes * per_ms * 1e-6, 2) if candidate.bytes else None,
         "gflop_s": round(candidate.flops * per_ms * 1e-6, 2) if candidate.flops else None,
-        "share_of_copy": round(candidate.bytes * per_ms / copied, 3) if candidate.bytes else None,
+        **{key: round(share, 3) if candidate.bytes else None for key, share in shares.items()},
         "times_ours": round(timing.median / ours, 2),
     }
 
 
 def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
     table = Table(title=f"{op}: {case} ({machine()}, {torch.get_num_threads()} threads)", title_justify="left")
-    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", "of copy", "x ours"):
+    shares = [key for key in rows[0] if key.startswith("share_of_")]
+    of_limits = [key.removeprefix("share_").replace("_", " ") for key in shares]
+    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", *of_limits, "x ours"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for r in rows:
-        cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"], r["share_of_copy"]]
-        table.add_row(*("" if cell is None else str(cell) for cell in (*cells, r["times_ours"])))
+        cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"]]
+        cells += [*(r[key] for key in shares), r["times_ours"]]
+        table.add_row(*("" if cell is None else str(cell) for cell in cells))
     Console(width=140).print(table)
 
 

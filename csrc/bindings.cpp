@@ -45,6 +45,14 @@ bool attention_backward(address grad_out, address q, address k, address v, addre
                                     static_cast<DType>(dtype), threads);
 }
 
+bool decode_attention(address q, address k_cache, address v_cache, address page_table, address seq_lens, address out,
+                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t page_size, int64_t max_pages,
+                      int64_t q_row, int64_t q_head, int64_t window, float scale, int dtype, int threads) {
+    const DecodeShape shape = {rows, heads, kv_heads, dim, page_size, max_pages, q_row, q_head, window, scale};
+    return cpu().decode_attention(at<void>(q), at<void>(k_cache), at<void>(v_cache), at<int32_t>(page_table),
+                                  at<int32_t>(seq_lens), at<void>(out), shape, static_cast<DType>(dtype), threads);
+}
+
 void gae(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
          int64_t sequences, float gamma, float lam, int threads) {
     cpu().gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap),
@@ -76,6 +84,12 @@ int64_t sample(address logits, int dtype, address ids, address positions, int64_
                         at<int64_t>(tokens), at<float>(logprobs), threads);
 }
 
+void write_kv(address k, address v, address k_cache, address v_cache, address slots, int64_t tokens, int64_t heads,
+              int64_t dim_bytes, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, int threads) {
+    cpu().write_kv(at<void>(k), at<void>(v), at<void>(k_cache), at<void>(v_cache), at<int64_t>(slots),
+                   {tokens, heads, dim_bytes, k_token, k_head, v_token, v_head}, threads);
+}
+
 std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t> key) {
     if (counter.size() != 4 || key.size() != 2) throw std::invalid_argument("philox4x32: counter has 4 words, key 2");
     const Philox drawn = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
@@ -100,10 +114,12 @@ PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> released;
     m.def("attention", &attention, released);
     m.def("attention_backward", &attention_backward, released);
+    m.def("decode_attention", &decode_attention, released);
     m.def("gae", &gae, released);
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);
     m.def("sample", &sample, released);
+    m.def("write_kv", &write_kv, released);
 #if defined(PYRLHF_CUDA)
     m.def("gae_cuda", &gae_cuda, released);
 #endif

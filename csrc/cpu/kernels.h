@@ -14,6 +14,9 @@
     KERNEL(attention_backward, bool, (const AttentionGrads& grads, const void* q, const void* k, const void* v,        \
                                       const int32_t* cu_seqlens, const int32_t* prefix, const AttentionShape& shape,   \
                                       DType dtype, int threads))                                                       \
+    KERNEL(decode_attention, bool, (const void* q, const void* k_cache, const void* v_cache,                           \
+                                    const int32_t* page_table, const int32_t* seq_lens, void* out,                     \
+                                    const DecodeShape& shape, DType dtype, int threads))                               \
     KERNEL(gae, void, (const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,   \
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
@@ -23,7 +26,9 @@
                                 float* grad_scores, float* loss, float* stats, double* scratch, int threads))          \
     KERNEL(sample, int64_t, (const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,            \
                              const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride,            \
-                             int64_t* tokens, float* logprobs, int threads))
+                             int64_t* tokens, float* logprobs, int threads))                                           \
+    KERNEL(write_kv, void, (const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots,          \
+                            const WriteShape& shape, int threads))
 // clang-format on
 
 namespace pyrlhf {
@@ -44,6 +49,19 @@ struct AttentionGrads {
     const void *grad_out, *out;
     const float* lse;  // [heads, tokens], natural logarithms
     void *grad_q, *grad_k, *grad_v;
+};
+
+// Sizes of decode_attention. q is [rows, heads, dim] with strides in elements, dim lies together; the caches are
+// [pages, page_size, kv_heads, dim] and the page table [rows, max_pages], contiguous. window is at least 0, INT64_MAX
+// where there is none. Returns false where memory ran out.
+struct DecodeShape {
+    int64_t rows, heads, kv_heads, dim, page_size, max_pages, q_row, q_head, window;
+    float scale;
+};
+
+// Sizes of write_kv in bytes: k and v are [tokens, heads, dim_bytes] with these strides, a slot is [heads, dim_bytes].
+struct WriteShape {
+    int64_t tokens, heads, dim_bytes, k_token, k_head, v_token, v_head;
 };
 
 // The seven inputs of ppo_loss, [n] each; weights may be null (then every weight is options.weight).

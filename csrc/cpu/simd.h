@@ -43,7 +43,11 @@ PYRLHF_INLINE vf load(const float* p) {
 PYRLHF_INLINE vf load(const bf16* p) {
     vh raw;
     memcpy(&raw, p, sizeof(raw));
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    return (vf)((vi)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)raw) << 16);  // GCC makes six instructions of the below
+#else
     return (vf)(__builtin_convertvector(raw, vi) << 16);
+#endif
 }
 // The first n < W elements; the rest is `fill`.
 template <typename T>

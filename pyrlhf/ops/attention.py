@@ -226,11 +226,11 @@ def _backward_impl(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if not use_core(q):
         return _backward_by_sequence(grad_out, q, k, v, out, lse, cu_seqlens, prefix, causal, window, scale)
-    grads = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     (q, k, v, *offsets), *rest = _core_arguments(q, k, v, cu_seqlens, prefix, causal, window, scale)
-    tensors = (grad_out.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *offsets, *grads)
+    tensors = (grad_out.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *offsets, grad_q, grad_k, grad_v)
     _finished(core().attention_backward(*map(address, tensors), *rest))
-    return grads
+    return grad_q, grad_k, grad_v
 
 
 def _core_arguments(

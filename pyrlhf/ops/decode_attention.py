@@ -1,7 +1,8 @@
 """Attention of one new token a row over its keys and values in the paged cache.
 
-Rows are taken together by the number of key blocks that they see, so a row's arithmetic depends on its own length only.
-Places past a row's end read its last key again and get weight 0: unused cache is never touched, whatever it holds.
+On the CPU csrc/cpu/decode_attention.cpp reads the pages in place. Elsewhere torch gathers them: rows are taken together by
+the number of key blocks that they see, so a row's arithmetic depends on its own length only, and places past a row's end
+read its last key again and get weight 0. Unused cache is never touched, whatever it holds.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes, values_readable
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
 from pyrlhf.ops._library import define
 
 _BLOCK = 64  # keys
 _LINE = 16  # floats
+_EVERYTHING = 2**62  # a window that hides nothing
 
 
 class DecodeGroup(NamedTuple):
@@ -94,7 +97,7 @@ def decode_attention(
 def plan_decode(
     page_table: Tensor, seq_lens: Tensor, page_size: int, kv_heads: int, *, window: int | None = None
 ) -> DecodePlan:
-    """Where the keys of each row lie, for `attend`; the same for all layers of a step that share a window. No checks."""
+    """Where the keys of each row lie, for `attend_planned`; the same for all layers of a step that share a window. No checks."""
     lengths = seq_lens.tolist()
     starts = [0 if window is None else max(0, n - window) // _BLOCK for n in lengths]
     by_blocks: dict[int, list[int]] = {}
@@ -135,8 +138,35 @@ def _group(
     return DecodeGroup(rows, places.reshape(-1), mask[:, None])
 
 
-def attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    """`decode_attention` without its checks, over the places of ``plan``."""
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """`decode_attention` through the core, without its checks, for a decode loop that has made the table itself."""
+    q = q if q.stride(2) == 1 else q.contiguous()
+    page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype)
+    sizes = (*q.shape[:2], k_cache.shape[2], q.shape[2], k_cache.shape[1], page_table.shape[1], *q.stride()[:2])
+    done = core().decode_attention(
+        *map(address, (q, k_cache, v_cache, page_table, seq_lens, out)),
+        *sizes,
+        _EVERYTHING if window is None else window,
+        scale,
+        CORE_DTYPES.index(q.dtype),
+        torch.get_num_threads(),
+    )
+    if not done:
+        raise MemoryError("decode_attention: the kernel's scratch memory could not be allocated; free some memory")
+    return out
+
+
+def attend_planned(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    """`decode_attention` in torch, without its checks, over the places of ``plan``."""
     groups = plan.groups
     if len(groups) == 1 and groups[0].rows is None:
         return _attend_group(q, k_cache, v_cache, groups[0], scale)
@@ -233,8 +263,10 @@ def _impl(
     scale: float,
 ) -> Tensor:
     _check_values(page_table, seq_lens, k_cache)
+    if use_core(q):
+        return attend(q, k_cache, v_cache, page_table, seq_lens, window, scale)
     plan = plan_decode(page_table, seq_lens, *k_cache.shape[1:3], window=window)
-    return attend(q, k_cache, v_cache, plan, scale).contiguous()
+    return attend_planned(q, k_cache, v_cache, plan, scale).contiguous()
 
 
 def _fake(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_tensor, float_dtypes, values_readable
+from pyrlhf.ops._core import address, core, use_core
 from pyrlhf.ops._library import define
 
 
@@ -33,8 +34,15 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
 def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """`write_kv` without its checks, for a decode loop that has made the slots itself."""
-    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
-    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+    if not use_core(k):
+        k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
+        v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
+        return
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    slots, size = slots.contiguous(), k.element_size()
+    (tokens, heads, dim), strides = k.shape, [size * stride for x in (k, v) for stride in x.stride()[:2]]
+    tensors = [address(t) for t in (k, v, k_cache, v_cache, slots)]
+    core().write_kv(*tensors, tokens, heads, size * dim, *strides, torch.get_num_threads())
 
 
 def _check(k: object, v: object, k_cache: object, v_cache: object, slots: object, *, reference: bool = False) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
-from pyrlhf.ops.decode_attention import DecodePlan, attend, plan_decode
+from pyrlhf.ops._core import use_core
+from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
 from pyrlhf.ops.write_kv import store
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ class PagedDecode:
     ) -> Tensor:
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         store(k, v, k_cache, v_cache, self._slots)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        if use_core(q):
+            return attend(q, k_cache, v_cache, self._table, self._seq_lens, window, scale)
         if window not in self._plans:
             self._plans[window] = plan_decode(self._table, self._seq_lens, *k_cache.shape[1:3], window=window)
-        return attend(q, k_cache, v_cache, self._plans[window], q.shape[2] ** -0.5 if scale is None else scale)
+        return attend_planned(q, k_cache, v_cache, self._plans[window], scale)

@@ -1,0 +1,352 @@
+// Attention of one new token a row over the keys and values of its sequence in the paged cache.
+//
+// An item is one row, one chunk of `key_chunk` tokens and a range of key heads. Block by block it takes the heads in
+// turn, so that the cache is read in the order in which it lies, once, for all query heads that share a key head; while
+// one block is at work the next is fetched. The softmax is online; the chunks of a row are joined in order. Chunks and
+// blocks are counted from the start of the row's sequence, so a row's bits depend on its own length and tokens only.
+// Scores, probabilities and sums are float32; places past a row's end are never read.
+#include <cstdlib>
+
+#if defined(_OPENMP)
+#    include <omp.h>
+#endif
+
+#include "cpu/kernels.h"
+#include "cpu/tile.h"
+
+namespace pyrlhf {
+namespace PYRLHF_ISA {
+namespace {
+
+constexpr int64_t key_block = 64;
+constexpr int64_t key_chunk = 512;
+constexpr int most_heads = 4;  // query heads in registers at a time
+constexpr int64_t most_dim = 256;
+constexpr float lowest = -3.402823466e38f;
+constexpr float log2_e = 1.44269504088896341f;
+
+PYRLHF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PYRLHF_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <typename T>
+struct Cache {
+    const T *k, *v;
+    const int32_t* pages;      // of this row
+    int64_t page_size, token;  // elements of a token
+    // The same, seen from a key head.
+    Cache at_head(int64_t offset) const { return {k + offset, v + offset, pages, page_size, token}; }
+};
+
+// Where the tokens [first, first + count) lie, as offsets into k and v; count <= key_block.
+template <typename T>
+PYRLHF_INLINE void find_tokens(const Cache<T>& cache, int64_t first, int64_t count, int64_t* offsets) {
+    int64_t page = first / cache.page_size, place = first % cache.page_size;
+    for (int64_t j = 0; j < count; ++page, place = 0) {
+        const int64_t at = (cache.pages[page] * cache.page_size + place) * cache.token;
+        const int64_t end = least(count, j + cache.page_size - place);
+        for (int64_t i = 0; j < end; ++i, ++j) offsets[j] = at + i * cache.token;
+    }
+}
+
+template <typename T>
+PYRLHF_INLINE void prefetch_row(const T* row, int64_t dim) {
+    const char* bytes = reinterpret_cast<const char*>(row);
+    for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
+// 32-bit units: float, or two neighbouring bfloat16. `left` bytes are there, the rest becomes zero.
+PYRLHF_INLINE vi load_bytes(const char* p, int64_t left) {
+    vi out = {};
+    memcpy(&out, p, left < static_cast<int64_t>(sizeof(out)) ? static_cast<size_t>(left) : sizeof(out));
+    return out;
+}
+PYRLHF_INLINE vf multiply_units(vi a, vi b, vf c, const float*) { return multiply_add((vf)a, (vf)b, c); }
+PYRLHF_INLINE vf multiply_units(vi a, vi b, vf c, const bf16*) { return multiply_add(a, b, c); }
+
+// Lane j of the result is the sum of the lanes of rows[j].
+PYRLHF_INLINE vf sum_rows(vf (&rows)[W]) {
+    for (int n = W; n > 1; n /= 2)
+        for (int i = 0; i < n / 2; ++i)
+            rows[i] = (vf)zip_low((vi)rows[i], (vi)rows[i + n / 2]) + (vf)zip_high((vi)rows[i], (vi)rows[i + n / 2]);
+    return rows[0];
+}
+
+template <typename T>
+PYRLHF_INLINE vf load_channels(const T* row, int64_t left) {
+    return left >= W ? load(row) : load_first(row, static_cast<int>(left), 0.0f);
+}
+
+// One block of tokens, and the one after it.
+struct Block {
+    const int64_t *offsets, *next_offsets;
+    int64_t count, next_count;
+};
+
+// scores[h][j] = factor * q[h] . k[j]
+template <int H, typename T>
+PYRLHF_INLINE void score(const Cache<T>& cache, const Block& block, int64_t dim, const vi* q, int64_t q_row,
+                         float factor, float* scores) {
+    const int64_t bytes = dim * static_cast<int64_t>(sizeof(T)), whole = bytes / static_cast<int64_t>(sizeof(vi));
+    for (int64_t j = 0; j < block.count; j += W) {
+        vf sums[H][W];
+        for (int i = 0; i < W; ++i) {
+            vf sum[H] = {};
+            if (j + i < block.count) {
+                const char* row = reinterpret_cast<const char*>(cache.k + block.offsets[j + i]);
+                if (j + i < block.next_count) prefetch_row(cache.k + block.next_offsets[j + i], dim);
+                for (int64_t u = 0; u < whole; ++u) {
+                    vi units;
+                    memcpy(&units, row + u * static_cast<int64_t>(sizeof(vi)), sizeof(units));
+                    for (int h = 0; h < H; ++h) sum[h] = multiply_units(q[h * q_row + u], units, sum[h], cache.k);
+                }
+                if (const int64_t at = whole * static_cast<int64_t>(sizeof(vi)); at < bytes) {
+                    const vi units = load_bytes(row + at, bytes - at);
+                    for (int h = 0; h < H; ++h) sum[h] = multiply_units(q[h * q_row + whole], units, sum[h], cache.k);
+                }
+            }
+            for (int h = 0; h < H; ++h) sums[h][i] = sum[h];
+        }
+        for (int h = 0; h < H; ++h) store(scores + h * key_block + j, sum_rows(sums[h]) * factor);
+    }
+}
+
+// Scores become probabilities relative to the highest score so far; returns what earlier sums must be multiplied by.
+PYRLHF_INLINE float soften(float* scores, int64_t count, float& highest, float& total) {
+    const int64_t padded = (count + W - 1) / W * W;
+    for (int64_t j = count; j < padded; ++j) scores[j] = lowest;
+    vf tops = broadcast(highest);
+    for (int64_t j = 0; j < padded; j += W) {
+        const vf s = load(scores + j);
+        tops = s > tops ? s : tops;
+    }
+    const float top = largest(tops);
+    vf sums = {};
+    for (int64_t j = 0; j < padded; j += W) {
+        const vf p = exp2_small(load(scores + j) - top);
+        store(scores + j, p);
+        if (j + W <= count) sums += p;
+    }
+    float sum_of_all = static_cast<float>(sum(sums));
+    for (int64_t j = count / W * W; j < count; ++j) sum_of_all += scores[j];
+    const float shrink = exp2_small(broadcast(highest - top))[0];
+    total = total * shrink + sum_of_all;
+    highest = top;
+    return shrink;
+}
+
+// sums[h] = sums[h] * shrink[h] + sum over j of scores[h][j] * v[j]
+template <int H, typename T>
+PYRLHF_INLINE void gather_values(const Cache<T>& cache, const Block& block, int64_t dim, const float* scores,
+                                 const float* shrink, float* sums, int64_t sums_row) {
+    for (int64_t d = 0; d < dim; d += tile_vectors * W) {
+        const int64_t left = dim - d;
+        vf total[H][tile_vectors];
+        for (int h = 0; h < H; ++h)
+            for (int n = 0; n < tile_vectors; ++n) total[h][n] = load(sums + h * sums_row + d + n * W) * shrink[h];
+        for (int64_t j = 0; j < block.count; ++j) {
+            const T* row = cache.v + block.offsets[j] + d;
+            if (j < block.next_count && d == 0) prefetch_row(cache.v + block.next_offsets[j], dim);
+            vf values[tile_vectors];
+            if (left >= tile_vectors * W)
+                for (int n = 0; n < tile_vectors; ++n) values[n] = load(row + n * W);
+            else
+                for (int n = 0; n < tile_vectors; ++n)
+                    values[n] = left > n * W ? load_channels(row + n * W, left - n * W) : vf{};
+            for (int h = 0; h < H; ++h)
+                for (int n = 0; n < tile_vectors; ++n) total[h][n] += values[n] * scores[h * key_block + j];
+        }
+        for (int h = 0; h < H; ++h)
+            for (int n = 0; n < tile_vectors; ++n) store(sums + h * sums_row + d + n * W, total[h][n]);
+    }
+}
+
+// What one item keeps: for each of its query heads the softmax so far and the weighted sum of values.
+struct Work {
+    vi* q;  // [heads][q_row] units
+    int64_t q_row;
+    float *highest, *total, *sums;  // [heads], [heads], [heads][sums_row]
+    int64_t sums_row;
+};
+
+template <int H, typename T>
+PYRLHF_INLINE void attend_heads(const Cache<T>& cache, const Block& block, int64_t dim, float factor, const Work& work,
+                                int64_t h) {
+    float scores[most_heads * key_block], shrink[most_heads];
+    score<H>(cache, block, dim, work.q + h * work.q_row, work.q_row, factor, scores);
+    for (int i = 0; i < H; ++i)
+        shrink[i] = soften(scores + i * key_block, block.count, work.highest[h + i], work.total[h + i]);
+    gather_values<H>(cache, block, dim, scores, shrink, work.sums + h * work.sums_row, work.sums_row);
+}
+
+template <typename T>
+PYRLHF_INLINE void attend_group(const Cache<T>& cache, const Block& block, int64_t group, int64_t dim, float factor,
+                                const Work& work, int64_t first) {
+    for (int64_t h = 0; h < group; h += most_heads) {
+        // The next block is fetched once.
+        const Block now = {block.offsets, block.next_offsets, block.count, h == 0 ? block.next_count : 0};
+        if (group - h == 1) attend_heads<1>(cache, now, dim, factor, work, first + h);
+        if (group - h == 2) attend_heads<2>(cache, now, dim, factor, work, first + h);
+        if (group - h == 3) attend_heads<3>(cache, now, dim, factor, work, first + h);
+        if (group - h >= 4) attend_heads<4>(cache, now, dim, factor, work, first + h);
+    }
+}
+
+// Tokens [first, end) of a row against `kv_heads` key heads from the cache's start on.
+template <typename T>
+PYRLHF_INLINE void attend_tokens(const Cache<T>& cache, int64_t first, int64_t end, int64_t kv_heads, int64_t group,
+                                 int64_t dim, float factor, const Work& work) {
+    int64_t offsets[2][key_block];
+    int64_t count = least(end - first, key_block - first % key_block);
+    find_tokens(cache, first, count, offsets[0]);
+    for (int64_t j = 0; j < count; ++j) {
+        prefetch_row(cache.k + offsets[0][j], kv_heads * dim);
+        prefetch_row(cache.v + offsets[0][j], kv_heads * dim);
+    }
+    for (int turn = 0; first < end; turn ^= 1) {
+        const int64_t next = first + count, next_count = least(end - next, key_block);
+        find_tokens(cache, next, next_count, offsets[turn ^ 1]);
+        const Block block = {offsets[turn], offsets[turn ^ 1], count, next_count};
+        for (int64_t h = 0; h < kv_heads; ++h)
+            attend_group(cache.at_head(h * dim), block, group, dim, factor, work, h * group);
+        first = next;
+        count = next_count;
+    }
+}
+
+PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, float* out) {
+    for (int64_t d = 0; d < dim; ++d) out[d] = sums[d] * factor;
+}
+PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, bf16* out) {
+    for (int64_t d = 0; d < dim; ++d) {
+        const vi bits = rounded(broadcast(sums[d] * factor));
+        out[d].bits = static_cast<uint16_t>(bits[0]);
+    }
+}
+
+// The first and the last chunk of a row that sees `window` of `length` tokens.
+struct Chunks {
+    int64_t first_token, begin, end;
+    Chunks(int64_t length, int64_t window)
+        : first_token(most(0, length - window)),
+          begin(first_token / key_chunk),
+          end((length + key_chunk - 1) / key_chunk) {
+        if (first_token == length) begin = end;
+    }
+};
+
+template <typename T>
+bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_table, const int32_t* seq_lens, T* out,
+            const DecodeShape& shape, int threads) {
+    const int64_t group = shape.heads / shape.kv_heads, dim = shape.dim;
+    const int64_t sums_row = (dim + tile_vectors * W - 1) / (tile_vectors * W) * (tile_vectors * W);
+    const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
+    const int64_t q_row = (bytes + static_cast<int64_t>(sizeof(vi)) - 1) / static_cast<int64_t>(sizeof(vi));
+    int64_t items = 0, tokens = 0;
+    for (int64_t b = 0; b < shape.rows; ++b) {
+        const Chunks chunks(seq_lens[b], shape.window);
+        items += chunks.end - chunks.begin;
+        tokens += seq_lens[b] - chunks.first_token;
+    }
+    // A partial result, [heads][2 + sums_row] floats, a chunk of a row: its highest score, its total, its sums.
+    const int64_t partial = sums_row + 2;
+    int64_t* const list =
+        static_cast<int64_t*>(malloc(static_cast<size_t>(2 * items + shape.rows + 1) * sizeof(int64_t)));
+    float* const partials =
+        static_cast<float*>(malloc(static_cast<size_t>(items * shape.heads * partial + 1) * sizeof(float)));
+    // Where there are few chunks, their key heads are shared out too: no bit depends on that.
+    const int64_t parts = items < 4 * threads ? shape.kv_heads : 1, part = shape.kv_heads / parts;
+    const int64_t heads = part * group;  // query heads of an item
+    const int64_t region = (heads * (q_row * static_cast<int64_t>(sizeof(vi)) + (sums_row + 2) * 4) + 127) / 64 * 64;
+    char* const memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(region * threads)));
+    const bool ready = list && partials && memory;
+    int64_t* const starts = list + 2 * items;  // [rows + 1]: the first item of each row
+    if (ready) {
+        int64_t at = 0;
+        for (int64_t b = 0; b < shape.rows; ++b) {
+            starts[b] = at;
+            const Chunks chunks(seq_lens[b], shape.window);
+            for (int64_t c = chunks.begin; c < chunks.end; ++c, ++at) {
+                list[2 * at] = b;
+                list[2 * at + 1] = c;
+            }
+        }
+        starts[shape.rows] = at;
+        const float factor = shape.scale * log2_e;
+#pragma omp parallel num_threads(tokens* shape.heads* dim < 65536 ? 1 : threads)
+        {
+#if defined(_OPENMP)
+            char* const own = memory + region * omp_get_thread_num();
+#else
+            char* const own = memory;
+#endif
+            Work work;
+            work.q = reinterpret_cast<vi*>(own);
+            work.q_row = q_row;
+            work.sums = reinterpret_cast<float*>(own + heads * q_row * static_cast<int64_t>(sizeof(vi)));
+            work.sums_row = sums_row;
+            work.highest = work.sums + heads * sums_row;
+            work.total = work.highest + heads;
+#pragma omp for schedule(dynamic)
+            for (int64_t item = 0; item < items * parts; ++item) {
+                const int64_t at = item / parts, kv_head = item % parts * part, head = kv_head * group;
+                const int64_t b = list[2 * at], c = list[2 * at + 1];
+                const Chunks chunks(seq_lens[b], shape.window);
+                const Cache<T> cache = {k_cache, v_cache, page_table + b * shape.max_pages, shape.page_size,
+                                        shape.kv_heads * dim};
+                for (int64_t h = 0; h < heads; ++h) {
+                    const T* from = q + b * shape.q_row + (head + h) * shape.q_head;
+                    for (int64_t u = 0; u < q_row; ++u) {
+                        const int64_t done = u * static_cast<int64_t>(sizeof(vi));
+                        work.q[h * q_row + u] = load_bytes(reinterpret_cast<const char*>(from) + done, bytes - done);
+                    }
+                    work.highest[h] = lowest;
+                    work.total[h] = 0.0f;
+                }
+                memset(work.sums, 0, static_cast<size_t>(heads * sums_row) * sizeof(float));
+                attend_tokens(cache.at_head(kv_head * dim), most(chunks.first_token, c * key_chunk),
+                              least(seq_lens[b], (c + 1) * key_chunk), part, group, dim, factor, work);
+                for (int64_t h = 0; h < heads; ++h) {
+                    float* to = partials + (at * shape.heads + head + h) * partial;
+                    to[0] = work.highest[h];
+                    to[1] = work.total[h];
+                    memcpy(to + 2, work.sums + h * sums_row, static_cast<size_t>(sums_row) * sizeof(float));
+                }
+            }
+            // Joins the chunks of each row and head, in order.
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < shape.rows * shape.heads; ++row) {
+                const int64_t b = row / shape.heads, head = row % shape.heads;
+                float sums[most_dim + tile_vectors * W] = {}, highest = lowest, total = 0.0f;
+                for (int64_t at = starts[b]; at < starts[b + 1]; ++at) {
+                    const float* from = partials + (at * shape.heads + head) * partial;
+                    const float top = from[0] > highest ? from[0] : highest;
+                    const float before = exp2_small(broadcast(highest - top))[0];
+                    const float now = exp2_small(broadcast(from[0] - top))[0];
+                    for (int64_t d = 0; d < sums_row; d += W)
+                        store(sums + d, load(sums + d) * before + load(from + 2 + d) * now);
+                    total = total * before + from[1] * now;
+                    highest = top;
+                }
+                write_result(sums, starts[b] == starts[b + 1] ? 0.0f : 1.0f / total, dim, out + row * dim);
+            }
+        }
+    }
+    free(list);
+    free(partials);
+    free(memory);
+    return ready;
+}
+
+}  // namespace
+
+bool decode_attention(const void* q, const void* k_cache, const void* v_cache, const int32_t* page_table,
+                      const int32_t* seq_lens, void* out, const DecodeShape& shape, DType dtype, int threads) {
+    if (dtype == DType::bfloat16)
+        return decode(static_cast<const bf16*>(q), static_cast<const bf16*>(k_cache), static_cast<const bf16*>(v_cache),
+                      page_table, seq_lens, static_cast<bf16*>(out), shape, threads);
+    return decode(static_cast<const float*>(q), static_cast<const float*>(k_cache), static_cast<const float*>(v_cache),
+                  page_table, seq_lens, static_cast<float*>(out), shape, threads);
+}
+
+}  // namespace PYRLHF_ISA
+}  // namespace pyrlhf
