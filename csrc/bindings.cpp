@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 
 #include "core/philox.h"
 #include "cpu/dispatch.h"
@@ -21,6 +22,17 @@ using address = uintptr_t;
 template <typename T>
 T* at(address a) {
     return reinterpret_cast<T*>(a);
+}
+
+std::unique_ptr<float[]> uninitialised(int64_t floats) {
+    return std::unique_ptr<float[]>(new float[static_cast<size_t>(floats)]);
+}
+
+void activation(address grad_out, address x, address out, int dtype, int kind, bool gated, int64_t rows, int64_t size,
+                int threads) {
+    cpu().activation({at<void>(grad_out), at<void>(x), at<void>(out), static_cast<DType>(dtype),
+                      static_cast<Activation>(kind), gated, rows, size},
+                     threads);
 }
 
 // Sizes and strides of attention in the order of AttentionShape's integers.
@@ -59,6 +71,26 @@ void gae(address rewards, address values, address cu_seqlens, address bootstrap,
               at<float>(advantages), at<float>(returns), sequences, gamma, lam, threads);
 }
 
+void layer_norm(address x, address residual, address weight, address bias, address out, address sum, address mean,
+                address rstd, int dtype, int weight_dtype, int64_t rows, int64_t size, float eps, int threads) {
+    const std::unique_ptr<float[]> scratch = uninitialised(threads * size);
+    cpu().layer_norm({at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias), at<void>(out), at<void>(sum),
+                      at<float>(mean), at<float>(rstd), scratch.get(), static_cast<DType>(dtype),
+                      static_cast<DType>(weight_dtype), rows, size, eps},
+                     threads);
+}
+
+void layer_norm_backward(address grad_out, address grad_sum, address summed, address weight, address mean, address rstd,
+                         address grad_x, address grad_weight, address grad_bias, int dtype, int weight_dtype,
+                         int64_t rows, int64_t size, int threads) {
+    const std::unique_ptr<float[]> scratch = uninitialised(2 * size * (rows / norm_block + 1));
+    cpu().layer_norm_backward(
+        {at<void>(grad_out), at<void>(grad_sum), at<void>(summed), at<void>(weight), at<float>(mean), at<float>(rstd),
+         at<void>(grad_x), at<void>(grad_weight), at<void>(grad_bias), scratch.get(), static_cast<DType>(dtype),
+         static_cast<DType>(weight_dtype), rows, size},
+        threads);
+}
+
 void ppo_loss(address logprobs, address old_logprobs, address advantages, address values, address old_values,
               address returns, address weights, int64_t n, float clip, float value_clip, float dual_clip, float weight,
               address grad_logprobs, address grad_values, address policy, address value, address stats, int threads) {
@@ -74,6 +106,33 @@ void ranking_loss(address scores, address cu_groups, address ranks, int64_t grou
     std::vector<double> scratch(static_cast<size_t>(ranking_sums * (groups + 1)));
     cpu().ranking_loss(at<float>(scores), at<int32_t>(cu_groups), at<int32_t>(ranks), groups, at<float>(grad_scores),
                        at<float>(loss), at<float>(stats), scratch.data(), threads);
+}
+
+void rms_norm(address x, address residual, address weight, address out, address sum, address rstd, int dtype,
+              int weight_dtype, int64_t rows, int64_t size, float eps, int threads) {
+    const std::unique_ptr<float[]> scratch = uninitialised(threads * size);
+    cpu().rms_norm(
+        {at<void>(x), at<void>(residual), at<void>(weight), nullptr, at<void>(out), at<void>(sum), nullptr,
+         at<float>(rstd), scratch.get(), static_cast<DType>(dtype), static_cast<DType>(weight_dtype), rows, size, eps},
+        threads);
+}
+
+void rms_norm_backward(address grad_out, address grad_sum, address summed, address weight, address rstd, address grad_x,
+                       address grad_weight, int dtype, int weight_dtype, int64_t rows, int64_t size, int threads) {
+    const std::unique_ptr<float[]> scratch = uninitialised(size * (rows / norm_block + 1));
+    cpu().rms_norm_backward({at<void>(grad_out), at<void>(grad_sum), at<void>(summed), at<void>(weight), nullptr,
+                             at<float>(rstd), at<void>(grad_x), at<void>(grad_weight), nullptr, scratch.get(),
+                             static_cast<DType>(dtype), static_cast<DType>(weight_dtype), rows, size},
+                            threads);
+}
+
+void rotary(address q, int64_t q_heads, int64_t q_token_stride, int64_t q_head_stride, address k, int64_t k_heads,
+            int64_t k_token_stride, int64_t k_head_stride, address positions, address inv_freq, int64_t tokens,
+            int64_t head_size, int64_t half, bool inverse, int dtype, address q_out, address k_out, int threads) {
+    cpu().rotary({at<void>(q), at<void>(q_out), q_heads, q_token_stride, q_head_stride},
+                 {at<void>(k), at<void>(k_out), k_heads, k_token_stride, k_head_stride},
+                 {at<int64_t>(positions), at<float>(inv_freq), tokens, head_size, half, inverse},
+                 static_cast<DType>(dtype), threads);
 }
 
 int64_t sample(address logits, int dtype, address ids, address positions, int64_t rows, int64_t vocab,
@@ -112,12 +171,18 @@ constexpr bool cuda_built = false;
 
 PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> released;
+    m.def("activation", &activation, released);
     m.def("attention", &attention, released);
     m.def("attention_backward", &attention_backward, released);
     m.def("decode_attention", &decode_attention, released);
     m.def("gae", &gae, released);
+    m.def("layer_norm", &layer_norm, released);
+    m.def("layer_norm_backward", &layer_norm_backward, released);
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);
+    m.def("rms_norm", &rms_norm, released);
+    m.def("rms_norm_backward", &rms_norm_backward, released);
+    m.def("rotary", &rotary, released);
     m.def("sample", &sample, released);
     m.def("write_kv", &write_kv, released);
 #if defined(PYRLHF_CUDA)

@@ -117,12 +117,6 @@ PYRLHF_INLINE bool hides(const Queries& queries, const Keys& keys, int64_t v, in
     return keys.masked && (keys.first + keys.count - 1 > first || keys.first < first + W - window);
 }
 
-PYRLHF_INLINE vi lane_numbers() {
-    vi out = {};
-    for (int j = 0; j < W; ++j) out[j] = j;
-    return out;
-}
-
 // Which queries of vector v see key number `key` of their sequence.
 PYRLHF_INLINE vi visible(const Queries& queries, int64_t v, int64_t key, int64_t window) {
     const vi ahead = lane_numbers() + static_cast<int32_t>(queries.first + v * W - key);  // of the key
@@ -173,18 +167,9 @@ PYRLHF_INLINE void pair_rows(const pair* rows, int64_t count, const Sizes<T>& si
     }
 }
 
-PYRLHF_INLINE void write_row(const float* from, int64_t n, float* to) {
-    memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-}
-PYRLHF_INLINE void write_row(const float* from, int64_t n, bf16* to) {
-    bf16 tail[W];
-    int64_t d = 0;
-    for (; d + W <= n; d += W) store_rounded(to + d, load(from + d));
-    if (d == n) return;
-    vf rest = {};
-    for (int j = 0; j < n - d; ++j) rest[j] = from[d + j];
-    store_rounded(tail, rest);
-    memcpy(to + d, tail, static_cast<size_t>(n - d) * sizeof(bf16));
+template <typename T>
+PYRLHF_INLINE void write_row(const float* from, int64_t n, T* to) {
+    for_vectors(n, [&](int64_t d, auto used) PYRLHF_LAMBDA { store(to + d, load(from + d), used); });
 }
 
 // to[query] = from[.][query] * factors[query]: the sums of a block, [D][query_block] transposed, into rows of the
@@ -332,7 +317,7 @@ __attribute__((noinline)) void soften(float* scores, Unit* weights, const Querie
     top = before > top ? before : top;
     const vf shrink = exp2_small(before - top);
     vf sum = load(total + v * W) * shrink;
-    const auto probability = [&](int64_t j) __attribute__((always_inline)) {
+    const auto probability = [&](int64_t j) PYRLHF_LAMBDA {
         const vf p = exp2_small(load(column + j * query_block) * factor - top);
         return masked ? (visible(queries, v, keys.first + j, window) ? p : vf{}) : p;
     };
@@ -478,8 +463,8 @@ PYRLHF_INLINE void put_gradients(const Weights<float>& to, int64_t key, int64_t 
 PYRLHF_INLINE void put_gradients(const Weights<pair>& to, int64_t key, int64_t v, const vf (&p)[2],
                                  const vf (&grad)[2]) {
     for (int i = 0; i < 2; ++i) {
-        store_rounded(reinterpret_cast<bf16*>(to.by_query + (key + i) * query_block / 2) + v * W, p[i]);
-        store_rounded(reinterpret_cast<bf16*>(to.grad_by_query + (key + i) * query_block / 2) + v * W, grad[i]);
+        store(reinterpret_cast<bf16*>(to.by_query + (key + i) * query_block / 2) + v * W, p[i], Whole{});
+        store(reinterpret_cast<bf16*>(to.grad_by_query + (key + i) * query_block / 2) + v * W, grad[i], Whole{});
     }
     store_units(to.grad_by_key + key / 2 * query_block + v * W, to_pairs(grad[0], grad[1]));
 }

@@ -213,14 +213,9 @@ PYRLHF_INLINE void attend_tokens(const Cache<T>& cache, int64_t first, int64_t e
     }
 }
 
-PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, float* out) {
-    for (int64_t d = 0; d < dim; ++d) out[d] = sums[d] * factor;
-}
-PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, bf16* out) {
-    for (int64_t d = 0; d < dim; ++d) {
-        const vi bits = rounded(broadcast(sums[d] * factor));
-        out[d].bits = static_cast<uint16_t>(bits[0]);
-    }
+template <typename T>
+PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, T* out) {
+    for_vectors(dim, [&](int64_t d, auto used) PYRLHF_LAMBDA { store(out + d, load(sums + d) * factor, used); });
 }
 
 // The first and the last chunk of a row that sees `window` of `length` tokens.

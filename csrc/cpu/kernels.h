@@ -8,6 +8,7 @@
 
 // clang-format off
 #define PYRLHF_CPU_KERNELS(KERNEL)                                                                                     \
+    KERNEL(activation, void, (const ActivationArrays& arrays, int threads))                                            \
     KERNEL(attention, bool, (const void* q, const void* k, const void* v, const int32_t* cu_seqlens,                   \
                              const int32_t* prefix, void* out, float* lse, const AttentionShape& shape, DType dtype,   \
                              int threads))                                                                             \
@@ -19,11 +20,17 @@
                                     const DecodeShape& shape, DType dtype, int threads))                               \
     KERNEL(gae, void, (const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,   \
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
+    KERNEL(layer_norm, void, (const NormForward& arrays, int threads))                                                 \
+    KERNEL(layer_norm_backward, void, (const NormBackward& arrays, int threads))                                       \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
                             float* grad_values, float* policy, float* value, float* stats, double* scratch,            \
                             int threads))                                                                              \
     KERNEL(ranking_loss, void, (const float* scores, const int32_t* cu_groups, const int32_t* ranks, int64_t groups,   \
                                 float* grad_scores, float* loss, float* stats, double* scratch, int threads))          \
+    KERNEL(rms_norm, void, (const NormForward& arrays, int threads))                                                   \
+    KERNEL(rms_norm_backward, void, (const NormBackward& arrays, int threads))                                         \
+    KERNEL(rotary, void, (const RotaryHeads& q, const RotaryHeads& k, const RotaryShape& shape, DType dtype,           \
+                          int threads))                                                                                \
     KERNEL(sample, int64_t, (const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,            \
                              const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride,            \
                              int64_t* tokens, float* logprobs, int threads))                                           \
@@ -80,6 +87,58 @@ constexpr int64_t ppo_block = 2048;
 
 // ranking_loss keeps this many doubles a group in scratch: loss, correct pairs, pairs.
 constexpr int ranking_sums = 3;
+
+// The order is that of KINDS in pyrlhf/ops/activation.py.
+enum class Activation : int { gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
+
+// x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in the
+// backward grad_out is [rows, size] and out is the gradient, shaped like x.
+struct ActivationArrays {
+    const void *grad_out, *x;
+    void* out;
+    DType dtype;
+    Activation kind;
+    bool gated;
+    int64_t rows, size;
+};
+
+// Arrays of dtype [rows, size], parameters of weight_dtype [size] and statistics [rows] of rms_norm and layer_norm.
+// residual and sum (x + residual) are null together; bias and mean are layer_norm's alone. scratch is [threads, size].
+struct NormForward {
+    const void *x, *residual, *weight, *bias;
+    void *out, *sum;
+    float *mean, *rstd, *scratch;
+    DType dtype, weight_dtype;
+    int64_t rows, size;
+    float eps;
+};
+
+// summed is what was normalised, grad_sum (may be null) the gradient that reached the sum itself. scratch holds the
+// parameters' gradients for each block of norm_block rows.
+struct NormBackward {
+    const void *grad_out, *grad_sum, *summed, *weight;
+    const float *mean, *rstd;
+    void *grad_x, *grad_weight, *grad_bias;
+    float* scratch;
+    DType dtype, weight_dtype;
+    int64_t rows, size;
+};
+constexpr int64_t norm_block = 32;
+
+// x [tokens, heads, head_size] with strides in elements, its last dimension contiguous; out contiguous.
+struct RotaryHeads {
+    const void* x;
+    void* out;
+    int64_t heads, token_stride, head_stride;
+};
+
+// Channels (i, i + half) turn by positions[token] * inv_freq[i], backwards if inverse; those from 2 half on stay.
+struct RotaryShape {
+    const int64_t* positions;
+    const float* inv_freq;
+    int64_t tokens, head_size, half;
+    bool inverse;
+};
 
 // log_min_p is -inf and top_k 0 and top_p 1 when off; inverse_temperature 0 asks for the argmax.
 struct SampleOptions {

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+#if defined(__x86_64__)
 #    include <immintrin.h>
 #endif
 
@@ -40,14 +40,22 @@ PYRLHF_INLINE vf load(const float* p) {
     memcpy(&out, p, sizeof(out));
     return out;
 }
-PYRLHF_INLINE vf load(const bf16* p) {
-    vh raw;
-    memcpy(&raw, p, sizeof(raw));
 #if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
-    return (vf)((vi)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)raw) << 16);  // GCC makes six instructions of the below
+constexpr __mmask16 all_lanes = 0xFFFF;  // GCC 12 warns of its own unmasked intrinsics
+#endif
+PYRLHF_INLINE vf from_bf16(vh raw) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    return (vf)((vu)_mm512_maskz_cvtepu16_epi32(all_lanes, (__m256i)raw) << 16);
+#elif defined(PYRLHF_ISA_avx2)
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)raw) << 16);
 #else
     return (vf)(__builtin_convertvector(raw, vi) << 16);
 #endif
+}
+PYRLHF_INLINE vf load(const bf16* p) {
+    vh raw;
+    memcpy(&raw, p, sizeof(raw));
+    return from_bf16(raw);
 }
 // The first n < W elements; the rest is `fill`.
 template <typename T>
@@ -168,9 +176,8 @@ PYRLHF_INLINE vf exp2_fraction(vf r) {
 }
 PYRLHF_INLINE vf exp2_small(vf x) {
 #if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
-    // (The forms without a mask make GCC 12 warn of its own header.)
-    const __m512 n = _mm512_maskz_roundscale_ps(0xFFFF, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    return (vf)_mm512_maskz_scalef_ps(0xFFFF, (__m512)exp2_fraction(x - (vf)n), n);
+    const __m512 n = _mm512_maskz_roundscale_ps(all_lanes, (__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vf)_mm512_maskz_scalef_ps(all_lanes, (__m512)exp2_fraction(x - (vf)n), n);
 #else
     // Adding the magic number, 1.5 * 2^23 + 127, leaves n with the exponent's bias in the low bits.
     const vf bounded = x < -127.0f ? broadcast(-127.0f) : x;
@@ -214,6 +221,276 @@ PYRLHF_INLINE void transpose(const Unit* from, int64_t from_row, int64_t rows, i
             transpose(block);
             for (int j = 0; j < W; ++j) memcpy(to + (c + j) * to_row + r, &block[j], sizeof(vi));
         }
+}
+
+// --- For element-wise and row-wise kernels: rows of any length, bf16 out, stores past the caches, functions ---
+
+typedef int64_t vl __attribute__((vector_size(4 * W)));
+
+// How much of a vector is in use: all of it, or the first n < W lanes.
+struct Whole {};
+struct Part {
+    int n;
+};
+
+// f(first element, Whole{} or Part{n}) for the vectors that n elements fill. A lambda given here is PYRLHF_LAMBDA: the
+// compiler might call it for every vector otherwise.
+#define PYRLHF_LAMBDA __attribute__((always_inline))
+template <typename F>
+PYRLHF_INLINE void for_vectors(int64_t n, F f) {
+    int64_t j = 0;
+    for (; j + W <= n; j += W) f(j, Whole{});
+    if (j < n) f(j, Part{static_cast<int>(n - j)});
+}
+
+PYRLHF_INLINE vi lane_numbers() {
+    vi out = {};
+    for (int j = 0; j < W; ++j) out[j] = j;
+    return out;
+}
+
+// Lanes that are not in use become 0.
+PYRLHF_INLINE vf used(vf x, Whole) { return x; }
+PYRLHF_INLINE vf used(vf x, Part part) { return (vf)((vi)x & (lane_numbers() < part.n)); }
+
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+PYRLHF_INLINE __mmask16 mask_of(Part part) { return static_cast<__mmask16>((1u << part.n) - 1); }
+#endif
+
+// Lanes that are not in use read 0; their memory is not touched.
+PYRLHF_INLINE vf load(const float* p, Whole) { return load(p); }
+PYRLHF_INLINE vf load(const bf16* p, Whole) { return load(p); }
+PYRLHF_INLINE vf load(const float* p, Part part) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    return (vf)_mm512_maskz_loadu_ps(mask_of(part), p);
+#elif defined(PYRLHF_ISA_avx2)
+    return (vf)_mm256_maskload_ps(p, (__m256i)(lane_numbers() < part.n));
+#else
+    vf out = {};
+    memcpy(&out, p, sizeof(float) * static_cast<size_t>(part.n));
+    return out;
+#endif
+}
+PYRLHF_INLINE vf load(const bf16* p, Part part) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    const vh raw = (vh)_mm256_maskz_loadu_epi16(mask_of(part), p);
+#else
+    vh raw = {};
+    memcpy(&raw, p, sizeof(bf16) * static_cast<size_t>(part.n));
+#endif
+    return from_bf16(raw);
+}
+
+// The nearest bf16, ties to even; NaN stays NaN. (AVX512_BF16's own conversion turns what is below 2^-126 into 0.)
+PYRLHF_INLINE vh to_bf16(vf x) {
+#if defined(PYRLHF_ISA_avx512_bf16)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const vu bits = (vu)x;
+    const vu above = x == x ? bits + 0x7FFFu + ((bits >> 16) & 1u) : bits | 0x00400000u;
+#    if defined(PYRLHF_ISA_avx512)
+    return (vh)_mm512_maskz_cvtepi32_epi16(all_lanes, (__m512i)(above >> 16));
+#    else
+    return __builtin_convertvector(above >> 16, vh);
+#    endif
+#endif
+}
+// x as an array of T holds it.
+template <typename T>
+PYRLHF_INLINE vf rounded(vf x) {
+    if constexpr (sizeof(T) == sizeof(bf16)) return from_bf16(to_bf16(x));
+    return x;
+}
+
+PYRLHF_INLINE void store(float* p, vf x, Whole) { store(p, x); }
+PYRLHF_INLINE void store(float* p, vf x, Part part) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    _mm512_mask_storeu_ps(p, mask_of(part), (__m512)x);
+#elif defined(PYRLHF_ISA_avx2)
+    _mm256_maskstore_ps(p, (__m256i)(lane_numbers() < part.n), (__m256)x);
+#else
+    memcpy(p, &x, sizeof(float) * static_cast<size_t>(part.n));
+#endif
+}
+PYRLHF_INLINE void store(bf16* p, vf x, Whole) {
+    const vh bits = to_bf16(x);
+    memcpy(p, &bits, sizeof(bits));
+}
+PYRLHF_INLINE void store(bf16* p, vf x, Part part) {
+    const vh bits = to_bf16(x);
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    _mm256_mask_storeu_epi16(p, mask_of(part), (__m256i)bits);
+#else
+    memcpy(p, &bits, sizeof(bf16) * static_cast<size_t>(part.n));
+#endif
+}
+
+// Stores past the caches: a plain store reads the line that it overwrites, half as much again as a copy moves. For
+// large arrays only, which their reader would not find in the caches anyway; p is aligned to the vector.
+PYRLHF_INLINE void stream(float* p, vf x) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(PYRLHF_ISA_avx2)
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__x86_64__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+PYRLHF_INLINE void stream(bf16* p, vf x) {
+    const vh bits = to_bf16(x);
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)bits);
+#elif defined(PYRLHF_ISA_avx2)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)bits);
+#elif defined(__x86_64__)
+    _mm_stream_si64(reinterpret_cast<long long*>(p), (long long)bits);
+#else
+    memcpy(p, &bits, sizeof(bits));
+#endif
+}
+// Every thread calls this after its last stream.
+PYRLHF_INLINE void end_of_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+// Whether an array [rows, size] of T is streamed: it is large, and its rows hold whole, aligned vectors.
+constexpr int64_t stream_bytes = int64_t{16} << 20;
+template <typename T>
+PYRLHF_INLINE bool streams(const void* array, int64_t rows, int64_t size) {
+    return rows * size * static_cast<int64_t>(sizeof(T)) >= stream_bytes && (rows == 1 || size % W == 0) &&
+           reinterpret_cast<uintptr_t>(array) % (W * sizeof(T)) == 0;
+}
+template <typename T>
+PYRLHF_INLINE void write(T* p, vf x, Whole whole, bool streamed) {
+    if (streamed)
+        stream(p, x);
+    else
+        store(p, x, whole);
+}
+template <typename T>
+PYRLHF_INLINE void write(T* p, vf x, Part part, bool) {
+    store(p, x, part);
+}
+
+// The sum of the lanes in float, by halves.
+PYRLHF_INLINE float sum_lanes(vf x) {
+    const vf zero = {};
+    if constexpr (W > 8) x += shift_down<W / 2>(x, zero);
+    if constexpr (W > 4) x += shift_down<4>(x, zero);
+    x += shift_down<2>(x, zero);
+    x += shift_down<1>(x, zero);
+    return x[0];
+}
+
+PYRLHF_INLINE vf minus_absolute(vf x) { return (vf)((vu)x | 0x80000000u); }
+
+// The larger of x and low; NaN stays.
+PYRLHF_INLINE vf at_least(vf x, float low) {
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    return (vf)_mm512_maskz_max_ps(all_lanes, (__m512)broadcast(low), (__m512)x);
+#elif defined(PYRLHF_ISA_avx2)
+    return (vf)_mm256_max_ps((__m256)broadcast(low), (__m256)x);
+#else
+    return x < low ? broadcast(low) : x;
+#endif
+}
+
+// e^x for x <= 0 within 1 ulp down to 2^-126, then 0 (AVX-512: the subnormal numbers first). NaN stays NaN.
+PYRLHF_INLINE vf exp_of_negative(vf x) {
+    const vf bounded = at_least(x, -104.0f), turns = bounded * 1.44269504088896341f;
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    const vf n =
+        (vf)_mm512_maskz_roundscale_ps(all_lanes, (__m512)turns, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const vf n = round_small(turns);
+#endif
+    const vf r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    vf p = broadcast(1.381454058e-3f);  // minimax, relative error 2^-28
+    p = p * r + 8.368745446e-3f;
+    p = p * r + 4.166838899e-2f;
+    p = p * r + 1.666652113e-1f;
+    p = p * r + 4.999999404e-1f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    return (vf)_mm512_maskz_scalef_ps(all_lanes, (__m512)p, (__m512)n);
+#else
+    const vf zero = {}, scaled = (vf)((vi)p + (__builtin_convertvector(n, vi) << 23));
+    return x < -87.3365f ? zero : scaled;
+#endif
+}
+
+// 1 / (1 + e^-x) and 1 minus that, both to a few ulp however small they are.
+PYRLHF_INLINE vf sigmoid(vf x, vf& complement) {
+    const vf e = exp_of_negative(minus_absolute(x));
+    const vf large = 1.0f / (1.0f + e), small = e * large;
+    complement = x < 0.0f ? large : small;
+    return x < 0.0f ? small : large;
+}
+
+// The normal distribution function Phi(x) to a few ulp in both tails, and e^(-x^2 / 2). With t = 1 / (1 + 0.3 |x|),
+// Phi(-|x|) = e^(-x^2 / 2) t Q(t), Q minimax (relative error 2^-28) for |x| <= 16; beyond, a float is 0.
+PYRLHF_INLINE vf normal_cdf(vf x, vf& density) {
+    const vf t = 1.0f / (1.0f + 0.3f * absolute(x));
+    density = exp_of_negative(-0.5f * x * x);
+    vf q = broadcast(-2.062989026e-2f);
+    q = q * t + 1.124717519e-1f;
+    q = q * t - 2.283018976e-1f;
+    q = q * t + 1.919071823e-1f;
+    q = q * t - 7.953003049e-2f;
+    q = q * t + 9.621670842e-2f;
+    q = q * t + 7.836792618e-2f;
+    q = q * t + 1.102403179e-1f;
+    q = q * t + 1.195711941e-1f;
+    q = q * t + 1.196867228e-1f;
+    const vf tail = density * (q * t);
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+
+// Sine and cosine to 0.51 ulp of a float: x = n pi / 2 + r and both Taylor series are in double. pi / 2 in three parts,
+// the first two of 22 bits, so that n times them is exact up to n = 2^31.
+PYRLHF_INLINE void sincos(vd x, vd& sine, vd& cosine) {
+    constexpr double to_integer = 0x1.8p52;  // added and taken away it leaves no bits for a fraction
+    const vd n = (x * 0x1.45f306dc9c883p-1 + to_integer) - to_integer;
+    const vd r = ((x - n * 0x1.921fbp+0) - n * 0x1.5110bp-22) - n * 0x1.18469898cc517p-44;
+    const vd s = r * r;
+    vd a = s * (-1.0 / 39916800) + 1.0 / 362880;
+    a = a * s - 1.0 / 5040;
+    a = a * s + 1.0 / 120;
+    a = a * s - 1.0 / 6;
+    a = a * s * r + r;
+    vd b = s * (-1.0 / 3628800) + 1.0 / 40320;
+    b = b * s - 1.0 / 720;
+    b = b * s + 1.0 / 24;
+    b = b * s - 0.5;
+    b = b * s + 1.0;
+    const vl quarter = (vl)(n + to_integer);  // its low bits are n
+    sine = (quarter & 1) != 0 ? b : a;
+    cosine = (quarter & 1) != 0 ? a : b;
+    sine = (vd)((vl)sine ^ ((quarter & 2) << 62));
+    cosine = (vd)((vl)cosine ^ (((quarter + 1) & 2) << 62));
+}
+PYRLHF_INLINE void sincos(vf x, vf& sine, vf& cosine) {
+    if (any(absolute(x) > 0x1p31f)) {
+        for (int j = 0; j < W; ++j) {
+            sine[j] = static_cast<float>(__builtin_sin(static_cast<double>(x[j])));
+            cosine[j] = static_cast<float>(__builtin_cos(static_cast<double>(x[j])));
+        }
+        return;
+    }
+    vf_half halves[2], sines[2], cosines[2];
+    memcpy(halves, &x, sizeof(x));
+    for (int k = 0; k < 2; ++k) {
+        vd s, c;
+        sincos(__builtin_convertvector(halves[k], vd), s, c);
+        sines[k] = __builtin_convertvector(s, vf_half);
+        cosines[k] = __builtin_convertvector(c, vf_half);
+    }
+    memcpy(&sine, sines, sizeof(sine));
+    memcpy(&cosine, cosines, sizeof(cosine));
 }
 
 }  // namespace PYRLHF_ISA

@@ -25,13 +25,7 @@ constexpr int tile_vectors = 4;  // 16 of 32 registers hold C
 constexpr int tile_vectors = 2;  // 8 of 16
 #endif
 
-// bfloat16 nearest to each float, ties to even, in the low half of the lane; NaN stays NaN.
-PYRLHF_INLINE vi rounded(vf x) {
-    const vi bits = (vi)x;
-    const vi nearest = (vi)(((vu)bits + 0x7FFFu + (((vu)bits >> 16) & 1u)) >> 16);
-    return x == x ? nearest : broadcast(0x7FC0);
-}
-// Pairs of two rows that are neighbours in k.
+// Pairs of two rows that are neighbours in k, rounded to bfloat16.
 #if defined(PYRLHF_ISA_avx512_bf16)
 PYRLHF_INLINE vi to_pairs(vf even, vf odd) {
     const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);  // even's 16, then odd's
@@ -39,15 +33,9 @@ PYRLHF_INLINE vi to_pairs(vf even, vf odd) {
                                                    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     return (vi)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
 }
-PYRLHF_INLINE void store_rounded(bf16* p, vf x) {
-    const __m256bh low = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(p, &low, sizeof(low));
-}
 #else
-PYRLHF_INLINE vi to_pairs(vf even, vf odd) { return rounded(even) | rounded(odd) << 16; }
-PYRLHF_INLINE void store_rounded(bf16* p, vf x) {
-    const vh low = __builtin_convertvector((vu)rounded(x), vh);
-    memcpy(p, &low, sizeof(low));
+PYRLHF_INLINE vi to_pairs(vf even, vf odd) {
+    return __builtin_convertvector(to_bf16(even), vi) | __builtin_convertvector(to_bf16(odd), vi) << 16;
 }
 #endif
 

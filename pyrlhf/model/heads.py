@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pyrlhf import ops
 from pyrlhf.model import hf
 from pyrlhf.model.config import ModelConfig
-from pyrlhf.model.transformer import Attend, Norm, PackedAttention, Transformer, activation
+from pyrlhf.model.transformer import Attend, Norm, PackedAttention, Transformer
 
 StrPath = str | os.PathLike[str]
 Model = TypeVar("Model", bound="_Model")
@@ -31,12 +31,12 @@ class LMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.mlm_head else None
         self.dense = nn.Linear(width, width) if config.mlm_head else None
         self.norm = Norm(width, config.norm, config.norm_eps) if config.mlm_head else None
-        self.activation = activation(config.activation)
+        self.activation = config.activation
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, temperature: float = 1.0) -> Any:
         """Without targets: logits [N, V]. With targets int64 [N]: (logprob [N], entropy [N]) float32, no logits kept."""
         if self.dense is not None and self.norm is not None:
-            hidden = self.norm(self.activation(self.dense(hidden)))
+            hidden = self.norm(ops.activation(self.dense(hidden), self.activation))
         if targets is None:
             return F.linear(hidden, self.weight, self.bias)
         return ops.linear_logprob(hidden, self.weight, targets, bias=self.bias, temperature=temperature)

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyrlhf import ops
 from pyrlhf.model.config import ModelConfig
@@ -209,39 +208,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gated, self.activation = config.gated, activation(config.activation)
+        self.gated, self.activation = config.gated, config.activation
         inner = config.intermediate_size
         self.up = nn.Linear(config.hidden_size, 2 * inner if config.gated else inner, bias=config.mlp_bias)
         self.down = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x)
-        if not self.gated:
-            return self.down(self.activation(h))
-        gate, up = h.chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The element-wise function called ``name`` in ModelConfig."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "gelu": F.gelu,
-        "gelu_new": gelu_tanh,
-        "quick_gelu": quick_gelu,
-        "relu": F.relu,
-        "silu": F.silu,
-    }
-    return functions[name]
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU in the tanh form that GPT-1 and GPT-2 were trained with (arXiv:1606.08415)."""
-    return F.gelu(x, approximate="tanh")
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """GELU approximated by x * sigmoid(1.702 x) (arXiv:1606.08415)."""
-    return x * torch.sigmoid(1.702 * x)
+        return self.down(ops.activation(self.up(x), self.activation, gated=self.gated))
 
 
 class Layer(nn.Module):

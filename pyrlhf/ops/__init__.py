@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyrlhf.ops.activation import activation, activation_ref
 from pyrlhf.ops.attention import attention, attention_ref
 from pyrlhf.ops.decode_attention import decode_attention, decode_attention_ref
 from pyrlhf.ops.gae import gae, gae_ref
@@ -20,6 +21,8 @@ __all__ = [
     "PPOStats",
     "PackedWeight",
     "RankingStats",
+    "activation",
+    "activation_ref",
     "attention",
     "attention_ref",
     "decode_attention",

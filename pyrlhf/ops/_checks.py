@@ -93,7 +93,12 @@ def check_number(op: str, name: str, value: object, *, low: float, high: float, 
 def _fits(found: Sequence[int], wanted: Sequence[int | None]) -> bool:
     if found == wanted:  # the usual case, one comparison of sizes
         return True
-    return len(found) == len(wanted) and all(w is None or f == w for f, w in zip(found, wanted, strict=True))
+    if len(found) != len(wanted):
+        return False
+    for f, w in zip(found, wanted, strict=True):  # noqa: SIM110 - a third of the time of all(...)
+        if w is not None and f != w:
+            return False
+    return True
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

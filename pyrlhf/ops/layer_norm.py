@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes
-from pyrlhf.ops._library import define
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._library import define, eager_function
 
 
 @overload
@@ -44,7 +47,8 @@ def layer_norm(
     Returns the normalised x, or ``(normalised, x + residual)``. Computed in float32. Raises ValueError or TypeError.
     """
     _check(x, weight, bias, eps, residual)
-    out, summed, _, _ = _layer_norm(x, weight, bias, residual, float(eps))
+    op = _layer_norm if torch.compiler.is_compiling() else _eager
+    out, summed, _, _ = op(x, weight, bias, residual, float(eps))
     return out if residual is None else (out, summed)
 
 
@@ -65,6 +69,8 @@ def _check(x: object, weight: object, bias: object, eps: object, residual: objec
 def _forward_impl(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if use_core(x, weight, residual):
+        return _forward_core(x, weight, bias, residual, eps)
     summed = (x if residual is None else x + residual).contiguous()
     wide = summed.to(torch.promote_types(x.dtype, torch.float32))
     out, mean, rstd = torch.native_layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), eps)
@@ -72,9 +78,28 @@ def _forward_impl(
     return out.to(x.dtype), x.new_empty(0) if residual is None else summed, mean, rstd
 
 
+def _forward_core(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    # an op may not hand back its input: without a residual there is no sum to return
+    out, summed = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+    mean = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    core().layer_norm(
+        address(x), address(residual), address(weight), address(bias), address(out),
+        0 if residual is None else address(summed), address(mean), address(rstd), CORE_DTYPES.index(x.dtype),
+        CORE_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return out, summed, mean, rstd
+
+
 def _backward_impl(
     grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if use_core(grad_out, grad_sum, summed, weight):
+        return _backward_core(grad_out, grad_sum, summed, weight, mean, rstd)
     wide = rstd.dtype
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_out.contiguous().to(wide),
@@ -89,6 +114,20 @@ def _backward_impl(
     if grad_sum is not None:
         grad_x = grad_x + grad_sum
     return grad_x.to(summed.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+def _backward_core(
+    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, summed, weight = grad_out.contiguous(), summed.contiguous(), weight.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    grad_x, grad_weight, grad_bias = torch.empty_like(summed), torch.empty_like(weight), torch.empty_like(weight)
+    core().layer_norm_backward(
+        address(grad_out), address(grad_sum), address(summed), address(weight), address(mean), address(rstd),
+        address(grad_x), address(grad_weight), address(grad_bias), CORE_DTYPES.index(summed.dtype),
+        CORE_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
 
 
 def _forward_fake(
@@ -108,14 +147,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, _, residual, _ = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2], output[3])
+    ctx.mark_non_differentiable(*output[1 + ctx.has_residual :])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_sum: Tensor | None, *unused: Tensor | None) -> tuple[Any, ...]:
+def _backward(
+    run: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    ctx: Any,
+    grad_out: Tensor | None,
+    grad_sum: Tensor | None,
+    *_: None,
+) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(saved[0])
-    grads = _layer_norm_backward(grad_out, grad_sum if ctx.has_residual else None, *saved)
+    grads = run(grad_out, grad_sum if ctx.has_residual else None, *saved)
     return *grads, grads[0] if ctx.has_residual else None, None
 
 
@@ -129,6 +175,7 @@ _layer_norm = define(
     "layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward_impl,
     _forward_fake,
-    backward=_backward,
+    backward=partial(_backward, _layer_norm_backward),
     setup_context=_setup_context,
 )
+_eager = eager_function(_forward_impl, _setup_context, partial(_backward, _backward_impl))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes
-from pyrlhf.ops._library import define
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._library import define, eager_function
 
 
 @overload
@@ -41,7 +44,8 @@ def rms_norm(
     Returns the normalised x, or ``(normalised, x + residual)``. Computed in float32. Raises ValueError or TypeError.
     """
     _check(x, weight, eps, residual)
-    out, summed, _ = _rms_norm(x, weight, residual, float(eps))
+    op = _rms_norm if torch.compiler.is_compiling() else _eager
+    out, summed, _ = op(x, weight, residual, float(eps))
     return out if residual is None else (out, summed)
 
 
@@ -58,6 +62,8 @@ def _check(x: object, weight: object, eps: object, residual: object, *, referenc
 
 
 def _forward_impl(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    if use_core(x, weight, residual):
+        return _forward_core(x, weight, residual, eps)
     summed = x if residual is None else x + residual
     wide = summed.contiguous().to(torch.promote_types(x.dtype, torch.float32))
     rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -66,9 +72,25 @@ def _forward_impl(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
     return out, x.new_empty(0) if residual is None else summed.contiguous(), rstd
 
 
+def _forward_core(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    # an op may not hand back its input: without a residual there is no sum to return
+    out, summed = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+    rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    core().rms_norm(
+        address(x), address(residual), address(weight), address(out), 0 if residual is None else address(summed),
+        address(rstd), CORE_DTYPES.index(x.dtype), CORE_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, summed, rstd
+
+
 def _backward_impl(
     grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if use_core(grad_out, grad_sum, summed, weight):
+        return _backward_core(grad_out, grad_sum, summed, weight, rstd)
     normalised = summed.contiguous() * rstd
     grad = grad_out.contiguous().to(rstd.dtype)
     grad_weight = (grad * normalised).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
@@ -77,6 +99,20 @@ def _backward_impl(
     if grad_sum is not None:
         grad_x.add_(grad_sum)
     return grad_x.to(summed.dtype), grad_weight
+
+
+def _backward_core(
+    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_out, summed, weight = grad_out.contiguous(), summed.contiguous(), weight.contiguous()
+    grad_sum = None if grad_sum is None else grad_sum.contiguous()
+    grad_x, grad_weight = torch.empty_like(summed), torch.empty_like(weight)
+    core().rms_norm_backward(
+        address(grad_out), address(grad_sum), address(summed), address(weight), address(rstd), address(grad_x),
+        address(grad_weight), CORE_DTYPES.index(summed.dtype), CORE_DTYPES.index(weight.dtype), rstd.numel(),
+        weight.numel(), torch.get_num_threads(),
+    )  # fmt: skip
+    return grad_x, grad_weight
 
 
 def _forward_fake(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,16 +130,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     x, weight, residual, _ = inputs
     ctx.has_residual = residual is not None
     ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2])
+    ctx.mark_non_differentiable(*output[1 + ctx.has_residual :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_out: Tensor | None, grad_sum: Tensor | None, grad_rstd: Tensor | None
+    run: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad_out: Tensor | None, grad_sum: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     summed, weight, rstd = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(summed)
-    grad_x, grad_weight = _rms_norm_backward(grad_out, grad_sum if ctx.has_residual else None, summed, weight, rstd)
+    grad_x, grad_weight = run(grad_out, grad_sum if ctx.has_residual else None, summed, weight, rstd)
     return grad_x, grad_weight, grad_x if ctx.has_residual else None, None
 
 
@@ -116,6 +153,7 @@ _rms_norm = define(
     "rms_norm(Tensor x, Tensor weight, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor)",
     _forward_impl,
     _forward_fake,
-    backward=_backward,
+    backward=partial(_backward, _rms_norm_backward),
     setup_context=_setup_context,
 )
+_eager = eager_function(_forward_impl, _setup_context, partial(_backward, _backward_impl))

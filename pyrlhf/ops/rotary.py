@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_tensor, float_dtypes
-from pyrlhf.ops._library import define
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._library import define, eager_function
 
 
 def rotary_ref(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +38,8 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[T
     Returns the turned q and k, computed in float32. Raises ValueError or TypeError naming the argument.
     """
     _check(q, k, positions, inv_freq)
-    turned: tuple[Tensor, Tensor] = _rotary(q, k, positions, inv_freq, False)
+    op = _rotary if torch.compiler.is_compiling() else _eager
+    turned: tuple[Tensor, Tensor] = op(q, k, positions, inv_freq, False)
     return turned
 
 
@@ -54,12 +58,28 @@ def _check(q: object, k: object, positions: object, inv_freq: object, *, referen
 
 
 def _impl(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    if use_core(q, k):
+        return _turn_in_core(q, k, positions, inv_freq, inverse)
     wide = torch.promote_types(q.dtype, torch.float32)
     angles = positions.to(wide)[:, None, None] * inv_freq.to(wide)
     cos, sin = angles.cos(), angles.sin()
     if inverse:
         sin.neg_()
     return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _turn_in_core(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    # views of one matrix are read where they lie
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    positions, inv_freq = positions.contiguous(), inv_freq.contiguous()
+    out = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    tokens, heads, size = q.shape
+    core().rotary(
+        address(q), heads, *q.stride()[:2], address(k), k.shape[1], *k.stride()[:2], address(positions),
+        address(inv_freq), tokens, size, inv_freq.shape[0], inverse, CORE_DTYPES.index(q.dtype), *map(address, out),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out[0], out[1]
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,15 +102,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(positions, inv_freq)
 
 
-def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+def _backward(run: Callable[..., tuple[Tensor, Tensor]], ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
     # a rotation's transpose is the rotation back
-    return *_rotary(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
+    return *run(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+def _backward_by_op(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Any, ...]:
+    return _backward(_rotary, ctx, grad_q, grad_k)
 
 
 _rotary = define(
     "rotary(Tensor q, Tensor k, Tensor positions, Tensor inv_freq, bool inverse) -> (Tensor, Tensor)",
     _impl,
     _fake,
-    backward=_backward,
+    backward=_backward_by_op,
     setup_context=_setup_context,
 )
+_eager = eager_function(_impl, _setup_context, partial(_backward, _impl))

@@ -72,3 +72,31 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     core().set_isa(request.param)
     yield request.param
     core().set_isa(before)
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Memory that an op allocates holds NaN (integers: the largest) until it is written."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def same_bits_for_any_threads() -> Callable[..., None]:
+    """``f(run)``: run() -> tensors gives the same bits with 1, 2 and 3 threads, and again."""
+
+    def check(run: Callable[[], Sequence[Tensor]]) -> None:
+        first, threads = run(), torch.get_num_threads()
+        try:
+            for count in (1, 2, 3, 1):
+                torch.set_num_threads(count)
+                assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True)), f"{count} threads"
+        finally:
+            torch.set_num_threads(threads)
+
+    return check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,9 @@ from pyrlhf import ops
 
 LENGTHS = {"one": [1], "ragged": [5, 0, 1, 7], "1023": [1023], "1000 sequences": [1] * 1000}
 PLAIN = ("decode_attention", "gae", "packed_linear", "sample")  # without gradient
-DIFFERENTIABLE = ("attention", "layer_norm", "linear_logprob", "ppo_loss", "ranking_loss", "rms_norm", "rotary")
+DIFFERENTIABLE = (
+    "activation", "attention", "layer_norm", "linear_logprob", "ppo_loss", "ranking_loss", "rms_norm", "rotary",
+)  # fmt: skip
 
 
 def arguments(op: str, lengths: list[int]) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
@@ -35,6 +37,7 @@ def arguments(op: str, lengths: list[int]) -> tuple[list[Tensor], list[Any], dic
         return floats((sequences, 2, 4), cache, cache), [table, torch.tensor(lengths, dtype=torch.int32)], {}
 
     every: dict[str, Callable[[], tuple[list[Tensor], list[Any], dict[str, Any]]]] = {
+        "activation": lambda: (floats((tokens, 8)), ["silu"], {"gated": True}),
         "attention": lambda: (floats((tokens, 2, 4), (tokens, 1, 4), (tokens, 1, 4)), [cu], {}),
         "decode_attention": paged,
         "gae": lambda: (floats((tokens,), (tokens,)), [cu], {}),
@@ -59,18 +62,6 @@ def run(function: Callable[..., Any], op: str, lengths: list[int]) -> list[Tenso
     if op in DIFFERENTIABLE:
         sum(x.sum() * (i + 1) for i, x in enumerate(out) if x.requires_grad).backward()  # type: ignore[union-attr]
     return [x.detach() for x in out] + [x.grad for x in leaves if x.grad is not None]
-
-
-@pytest.fixture
-def poison() -> Iterator[None]:
-    """Memory that an op allocates holds NaN (integers: the largest) until it is written."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())

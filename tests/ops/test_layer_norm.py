@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +62,76 @@ def test_bfloat16_with_a_float32_weight():
     x, weight, bias = inputs((9, 64), False)
     exact = truth(x.bfloat16().double(), weight.double(), bias.double())
     assert (ours(x.bfloat16(), weight, bias).double() - exact).abs().max() <= exact.abs().max() * 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 3), (33, 17), (5, 1023), (40, 67), (3, 2500), (2, 37, 64)])
+def test_every_instruction_set(isa, poison, shape, dtype, values_and_grads, assert_as_good_as):
+    for residual in (False, True):
+        given = inputs(shape, residual, dtype)
+        exact = values_and_grads(truth, [x.double() for x in given])
+        peers = values_and_grads(truth, given)
+        assert_as_good_as(values_and_grads(ours, given), peers, exact, tiny=2e-5)
+
+
+def test_bfloat16_with_float32_parameters_on_every_instruction_set(isa, poison, values_and_grads, assert_as_good_as):
+    given = inputs((70, 129), True)
+    given = [given[0].bfloat16(), *given[1:3], given[3].bfloat16()]
+    found = values_and_grads(ours, given)
+    exact = values_and_grads(truth, [x.double() for x in given])
+    peers = values_and_grads(truth, [x.bfloat16() for x in given])
+    assert [x.dtype for x in found] == [torch.bfloat16] * 3 + [torch.float32] * 2 + [torch.bfloat16]
+    assert_as_good_as(found, peers, exact, tiny=5e-6)
+
+
+def test_a_large_mean_does_not_cost_the_variance(isa, values_and_grads, assert_as_good_as):
+    x, weight, bias = inputs((20, 1023), False)
+    for mean in (100.0, -3000.0):
+        given = [x + mean, weight, bias]
+        exact = values_and_grads(truth, [t.double() for t in given])
+        assert_as_good_as(values_and_grads(ours, given), values_and_grads(truth, given), exact, tiny=5e-6)
+
+
+def test_a_constant_row_is_its_bias(isa):
+    _, weight, bias = inputs((1, 768), False)
+    for value in (0.0, 1.0, -2.5, 1e10):
+        assert torch.equal(ours(torch.full((3, 768), value), weight, bias), bias.expand(3, -1))
+
+
+def test_bits_do_not_depend_on_threads(isa, values_and_grads, same_bits_for_any_threads):
+    for dtype in (torch.float32, torch.bfloat16):
+        given = inputs((300, 129), True, dtype)  # enough for more than one thread
+        same_bits_for_any_threads(lambda: values_and_grads(ours, given))  # noqa: B023
+
+
+def test_large_outputs_have_the_bits_of_small_ones(isa):
+    """Outputs larger than the caches are written past them."""
+    x, weight, bias, residual = inputs((4096, 1024), True)
+    every = ours(x, weight, bias, residual)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(ours(leaf, weight, bias), leaf, residual)
+    for rows in (slice(0, 3), slice(2047, 2050), slice(4000, 4096)):
+        some = ours(x[rows], weight, bias, residual[rows])
+        assert torch.equal(some[0], every[0][rows])
+        assert torch.equal(some[1], every[1][rows])
+        part = x[rows].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(ours(part, weight, bias), part, residual[rows])
+        assert torch.equal(grad[rows], expected)
+
+
+def test_not_a_number_stays_in_its_row(isa):
+    x, weight, bias = inputs((40, 33), False)
+    x[7, 20] = torch.nan
+    assert ours(x, weight, bias).isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
+def test_the_reference_backend_agrees(monkeypatch, values_and_grads):
+    given = inputs((9, 130), True)
+    fused = values_and_grads(ours, given)
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    monkeypatch.setattr(sys.modules["pyrlhf.ops.layer_norm"], "core", lambda: pytest.fail("the core was called"))
+    for a, b in zip(values_and_grads(ours, given), fused, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_gradcheck():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -118,6 +120,90 @@ def test_non_contiguous_and_one_gradient():
     leaf = q.clone().requires_grad_()
     rotary(leaf, k, positions, inv_freq)[0].sum().backward()
     assert leaf.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "half"), [(1, 0), (2, 1), (13, 6), (64, 32), (80, 40), (128, 32), (300, 150)])
+def test_every_instruction_set(isa, poison, dim, half, dtype, values_and_grads, assert_as_good_as):
+    q, k, positions, inv_freq = inputs(17, dim, half, dtype)
+    exact = values_and_grads(lambda *x: doubly(*x, positions, inv_freq), (q.double(), k.double()))
+    peers = values_and_grads(lambda *x: rotary_ref(*x, positions, inv_freq), (q, k))
+    assert_as_good_as(values_and_grads(lambda *x: rotary(*x, positions, inv_freq), (q, k)), peers, exact)
+
+
+def doubly(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, ...]:
+    """Turned in float64 by the float32 angles."""
+    angles = (positions.float()[:, None] * inv_freq).double()
+    one = torch.ones(len(positions), dtype=torch.int64)
+    return tuple(
+        torch.stack([by_complex_numbers(x[t : t + 1], one[:1], angles[t])[0] for t in range(len(x))]) for x in (q, k)
+    )
+
+
+@pytest.mark.parametrize("largest", [8_192, 1_000_000, 2**24, 2**31, 2**45])
+def test_angles_are_as_good_as_torchs_at_any_position(isa, largest):
+    """cos and sin of float32 angles are the turned unit vectors."""
+    positions = torch.randint(-largest, largest, (500,), generator=torch.Generator().manual_seed(1))
+    inv_freq = 1.0 / 10000 ** (torch.arange(40) / 40)
+    unit = torch.zeros(500, 1, 80)
+    unit[..., :40] = 1
+    found = rotary(unit, unit, positions, inv_freq)[0][:, 0]
+    angles = positions.float()[:, None] * inv_freq
+    for ours, function in ((found[:, :40], torch.cos), (found[:, 40:], torch.sin)):
+        exact = function(angles.double())
+        torchs = (function(angles) - exact).abs().max()
+        assert (ours - exact).abs().max() <= min(2 * torchs, 6.1e-8)  # half an ulp of 1 is 6e-8
+
+
+def test_views_are_read_where_they_lie(isa):
+    """q and k as views of one matrix, every other head, every other token, other orders of the dimensions."""
+    matrix, positions, inv_freq = torch.randn(34, 7, 24), torch.arange(34) * 3, torch.rand(12)
+    for q, k in (
+        matrix.split((4, 2, 1), dim=1)[:2],
+        (matrix[:, 1::2], matrix[:, ::3]),
+        (matrix[::2, :2], matrix[1::2, 2:]),
+        (matrix.transpose(1, 2), matrix.permute(0, 2, 1)[..., :7]),
+        (matrix[:1].expand(34, 7, 24), matrix[:, :1].expand(34, 3, 24)),
+    ):
+        half = min(12, q.shape[2] // 2)
+        found = rotary(q, k, positions[: len(q)], inv_freq[:half])
+        dense = rotary(q.contiguous(), k.contiguous(), positions[: len(q)], inv_freq[:half])
+        assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, dense, strict=True))
+
+
+def test_gradients_with_strides(isa):
+    q, k = (torch.randn(33, heads, 24, requires_grad=True) for heads in (4, 2))
+    out = rotary(q, k, torch.arange(33) * 3, torch.rand(12))
+    given = torch.randn(33, 7, 24)[:, ::2], torch.randn(2, 24, 33).permute(2, 0, 1)
+    strided = torch.autograd.grad(out, (q, k), given, retain_graph=True)
+    dense = torch.autograd.grad(out, (q, k), [x.contiguous() for x in given])
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
+def test_bits_do_not_depend_on_threads(isa, values_and_grads, same_bits_for_any_threads):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, positions, inv_freq = inputs(300, 80, 40, dtype)  # enough for more than one thread
+        run = lambda *x: rotary(*x, positions, inv_freq)  # noqa: B023, E731
+        same_bits_for_any_threads(lambda: values_and_grads(run, (q, k)))  # noqa: B023
+
+
+def test_large_outputs_have_the_bits_of_small_ones(isa):
+    """Outputs larger than the caches are written past them."""
+    q, k = torch.randn(2, 4096, 16, 64).unbind()
+    positions, inv_freq = torch.arange(4096), torch.rand(32)
+    every = rotary(q, k, positions, inv_freq)
+    for rows in (slice(0, 1), slice(2047, 2050), slice(4000, 4096)):
+        some = rotary(q[rows], k[rows], positions[rows], inv_freq)
+        assert all(torch.equal(a, b[rows]) for a, b in zip(some, every, strict=True))
+
+
+def test_the_reference_backend_agrees(monkeypatch, values_and_grads):
+    q, k, positions, inv_freq = inputs(31, 20, 8)
+    fused = values_and_grads(lambda *x: rotary(*x, positions, inv_freq), (q, k))
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    monkeypatch.setattr(sys.modules["pyrlhf.ops.rotary"], "core", lambda: pytest.fail("the core was called"))
+    for a, b in zip(values_and_grads(lambda *x: rotary(*x, positions, inv_freq), (q, k)), fused, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_torch_library(values_and_grads):
