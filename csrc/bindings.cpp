@@ -76,6 +76,12 @@ int64_t sample(address logits, int dtype, address ids, address positions, int64_
                         at<int64_t>(tokens), at<float>(logprobs), threads);
 }
 
+void transpose(address in, int dtype, int64_t rows, int64_t columns, int64_t row_stride, address out, address sums,
+               int threads) {
+    cpu().transpose(at<void>(in), static_cast<DType>(dtype), rows, columns, row_stride, at<void>(out), at<float>(sums),
+                    threads);
+}
+
 std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t> key) {
     if (counter.size() != 4 || key.size() != 2) throw std::invalid_argument("philox4x32: counter has 4 words, key 2");
     const Philox drawn = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
@@ -104,6 +110,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);
     m.def("sample", &sample, released);
+    m.def("transpose", &transpose, released);
 #if defined(PYRLHF_CUDA)
     m.def("gae_cuda", &gae_cuda, released);
 #endif

@@ -23,7 +23,9 @@
                                 float* grad_scores, float* loss, float* stats, double* scratch, int threads))          \
     KERNEL(sample, int64_t, (const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,            \
                              const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride,            \
-                             int64_t* tokens, float* logprobs, int threads))
+                             int64_t* tokens, float* logprobs, int threads))                                           \
+    KERNEL(transpose, void, (const void* in, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, void* out, \
+                             float* sums, int threads))
 // clang-format on
 
 namespace pyrlhf {
