@@ -143,6 +143,12 @@ int64_t sample(address logits, int dtype, address ids, address positions, int64_
                         at<int64_t>(tokens), at<float>(logprobs), threads);
 }
 
+void transpose(address in, int dtype, int64_t rows, int64_t columns, int64_t row_stride, address out, address sums,
+               int threads) {
+    cpu().transpose(at<void>(in), static_cast<DType>(dtype), rows, columns, row_stride, at<void>(out), at<float>(sums),
+                    threads);
+}
+
 void write_kv(address k, address v, address k_cache, address v_cache, address slots, int64_t tokens, int64_t heads,
               int64_t dim_bytes, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, int threads) {
     cpu().write_kv(at<void>(k), at<void>(v), at<void>(k_cache), at<void>(v_cache), at<int64_t>(slots),
@@ -184,6 +190,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("rms_norm_backward", &rms_norm_backward, released);
     m.def("rotary", &rotary, released);
     m.def("sample", &sample, released);
+    m.def("transpose", &transpose, released);
     m.def("write_kv", &write_kv, released);
 #if defined(PYRLHF_CUDA)
     m.def("gae_cuda", &gae_cuda, released);

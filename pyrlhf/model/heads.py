@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pyrlhf import ops
 from pyrlhf.model import hf
 from pyrlhf.model.config import ModelConfig
-from pyrlhf.model.transformer import Attend, Norm, PackedAttention, Transformer
+from pyrlhf.model.transformer import Attend, Linear, Norm, PackedAttention, Transformer
 
 StrPath = str | os.PathLike[str]
 Model = TypeVar("Model", bound="_Model")
@@ -29,7 +29,7 @@ class LMHead(nn.Module):
         width = config.hidden_size
         self.weight = nn.Parameter(torch.empty(config.vocab_size, width))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.mlm_head else None
-        self.dense = nn.Linear(width, width) if config.mlm_head else None
+        self.dense = Linear(width, width) if config.mlm_head else None
         self.norm = Norm(width, config.norm, config.norm_eps) if config.mlm_head else None
         self.activation = config.activation
 
@@ -38,7 +38,7 @@ class LMHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             hidden = self.norm(ops.activation(self.dense(hidden), self.activation))
         if targets is None:
-            return F.linear(hidden, self.weight, self.bias)
+            return ops.linear(hidden, self.weight, self.bias)
         return ops.linear_logprob(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
 
 

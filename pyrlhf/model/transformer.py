@@ -104,6 +104,13 @@ class ResidualNorm(Norm):
         return ops.layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` at the CPU's full speed; an nn.Linear to whatever looks for one (LoRA, DeepSpeed)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class Rotary(nn.Module):
     """Holds the rotary frequencies, float32 whatever the model's dtype, and rotates q and k."""
 
@@ -187,11 +194,11 @@ class Attention(nn.Module):
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.head_dim = config.head_dim
         width = config.num_heads * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
+        self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
         self.q_norm = Norm(config.head_dim, "rms", config.norm_eps) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, "rms", config.norm_eps) if config.qk_norm else None
         self.rotary = Rotary(config) if config.positions == "rotary" else None
-        self.output = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        self.output = Linear(width, config.hidden_size, bias=config.output_bias)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
@@ -210,8 +217,8 @@ class MLP(nn.Module):
         super().__init__()
         self.gated, self.activation = config.gated, config.activation
         inner = config.intermediate_size
-        self.up = nn.Linear(config.hidden_size, 2 * inner if config.gated else inner, bias=config.mlp_bias)
-        self.down = nn.Linear(inner, config.hidden_size, bias=config.mlp_bias)
+        self.up = Linear(config.hidden_size, 2 * inner if config.gated else inner, bias=config.mlp_bias)
+        self.down = Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ops.activation(self.up(x), self.activation, gated=self.gated))

@@ -7,6 +7,7 @@ from pyrlhf.ops.attention import attention, attention_ref
 from pyrlhf.ops.decode_attention import decode_attention, decode_attention_ref
 from pyrlhf.ops.gae import gae, gae_ref
 from pyrlhf.ops.layer_norm import layer_norm, layer_norm_ref
+from pyrlhf.ops.linear import linear, linear_ref
 from pyrlhf.ops.linear_logprob import linear_logprob, linear_logprob_ref
 from pyrlhf.ops.packed_linear import PackedWeight, pack_weight, packed_linear, packed_linear_ref
 from pyrlhf.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss, ppo_loss_ref
@@ -31,8 +32,10 @@ __all__ = [
     "gae_ref",
     "layer_norm",
     "layer_norm_ref",
+    "linear",
     "linear_logprob",
     "linear_logprob_ref",
+    "linear_ref",
     "pack_weight",
     "packed_linear",
     "packed_linear_ref",

@@ -16,8 +16,9 @@ from pyrlhf import ops
 LENGTHS = {"one": [1], "ragged": [5, 0, 1, 7], "1023": [1023], "1000 sequences": [1] * 1000}
 PLAIN = ("decode_attention", "gae", "packed_linear", "sample")  # without gradient
 DIFFERENTIABLE = (
-    "activation", "attention", "layer_norm", "linear_logprob", "ppo_loss", "ranking_loss", "rms_norm", "rotary",
-)  # fmt: skip
+    *("activation", "attention", "layer_norm", "linear", "linear_logprob"),
+    *("ppo_loss", "ranking_loss", "rms_norm", "rotary"),
+)
 
 
 def arguments(op: str, lengths: list[int]) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
@@ -42,6 +43,7 @@ def arguments(op: str, lengths: list[int]) -> tuple[list[Tensor], list[Any], dic
         "decode_attention": paged,
         "gae": lambda: (floats((tokens,), (tokens,)), [cu], {}),
         "layer_norm": lambda: (floats((tokens, 8), (8,), (8,)), [], {"eps": 1e-5}),
+        "linear": lambda: (floats((tokens, 512), (512, 512), (512,)), [], {}),
         "linear_logprob": lambda: (floats((tokens, 8), (33, 8)), [ids % 33], {}),
         "packed_linear": lambda: (floats((tokens, 8)), [ops.pack_weight(*floats((5, 8)), torch.float32)], {}),
         "ppo_loss": lambda: (floats(*[(tokens,)] * 6), [], {}),
