@@ -10,6 +10,11 @@
 #define PYRLHF_CPU_KERNELS(KERNEL)                                                                                     \
     KERNEL(gae, void, (const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,   \
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
+    KERNEL(linear_logprob_scratch, int64_t, (DType dtype, int64_t rows, int64_t dim, int64_t vocab, bool backwards))   \
+    KERNEL(linear_logprob, void, (const LinearLogprobInputs& in, float* logprob, float* entropy, float* lse,           \
+                                  void* scratch, int threads))                                                         \
+    KERNEL(linear_logprob_backward, void, (const LinearLogprobInputs& in, const LinearLogprobGradients& grads,         \
+                                           void* scratch, int threads))                                                \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
                             float* grad_values, float* policy, float* value, float* stats, double* scratch,            \
                             int threads))                                                                              \
@@ -21,6 +26,28 @@
 // clang-format on
 
 namespace pyrlhf {
+
+// hidden [rows, dim], weight [vocab, dim], bias [vocab] or null, all of dtype; targets [rows] in 0..vocab-1.
+struct LinearLogprobInputs {
+    const void *hidden, *weight, *bias;
+    const int64_t* targets;
+    DType dtype;
+    int64_t rows, dim, vocab;
+    float temperature;
+};
+
+// What linear_logprob_backward is given and makes. rows: the row_count rows that have an upstream gradient, ascending;
+// those of grad hidden are all that is written there. by_logprob, by_entropy: the upstream gradients [in.rows]; entropy
+// and lse, the logits' logsumexp [in.rows], are from the forward. A gradient that is null is not wanted; hidden_sums
+// [in.rows, dim] is where a bfloat16 grad hidden adds up, and unused otherwise. Scratch memory of both: as many bytes as
+// linear_logprob_scratch says for these rows.
+struct LinearLogprobGradients {
+    const int64_t* rows;
+    int64_t row_count;
+    const float *by_logprob, *by_entropy, *entropy, *lse;
+    float* hidden_sums;
+    void *hidden, *weight, *bias;
+};
 
 // The seven inputs of ppo_loss, [n] each; weights may be null (then every weight is options.weight).
 struct PpoArrays {

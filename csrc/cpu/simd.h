@@ -6,6 +6,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__x86_64__)
+#    include <immintrin.h>
+#endif
+
 #include "core/dtype.h"
 
 namespace pyrlhf {
@@ -145,6 +149,60 @@ PYRLHF_INLINE vf log1p_unit(vf u) {
     p = p * q + 1.0f / 3;
     p = p * q + 1.0f;
     return 2.0f * s * p;
+}
+
+// --- Softmax and its gradient: a lean exp, float32 to the nearest bf16 -----------------------------------------------
+
+// e^x within 2 ulp for x up to 88, 0 below -87, NaN stays NaN: what softmax needs, whose x are at most 0.
+PYRLHF_INLINE vf exp_or_zero(vf x) {
+    const vf bounded = x < -87.0f ? broadcast(-87.0f) : x;
+    const vf n = round_small(bounded * 1.44269504088896341f);
+    const vf r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    vf p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const vf power = (p * r * r + r) + 1.0f;
+    const vi scaled = (vi)power + (__builtin_convertvector(n, vi) << 23);
+    return x < -87.0f ? vf{} : (vf)scaled;
+}
+
+// The nearest bf16, ties to even, in the upper half of each lane; the lower half is 0. NaN stays NaN.
+PYRLHF_INLINE vi nearest_bf16(vf x) {
+    typedef uint32_t unsigned_lanes __attribute__((vector_size(4 * W)));
+    const unsigned_lanes bits = (unsigned_lanes)x;
+    const unsigned_lanes nearest = bits + 0x7FFFu + ((bits >> 16) & 1u);
+    return (vi)((x == x ? nearest : bits | 0x00400000u) & 0xFFFF0000u);
+}
+// The first n lanes of x, in the type of what they are written to.
+PYRLHF_INLINE void put(float* p, vf x, int n = W) { memcpy(p, &x, sizeof(float) * static_cast<size_t>(n)); }
+PYRLHF_INLINE void put(bf16* p, vf x, int n = W) {
+    const vh halves = __builtin_convertvector(nearest_bf16(x) >> 16, vh);
+    memcpy(p, &halves, sizeof(bf16) * static_cast<size_t>(n));
+}
+// The same for whole vectors that nobody reads soon: a plain store would read the line that it overwrites.
+PYRLHF_INLINE void put_past_caches(float* p, vf x) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(x) != 0) return put(p, x);
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(PYRLHF_ISA_avx2)
+    _mm256_stream_ps(p, (__m256)x);
+#else
+    put(p, x);
+#endif
+}
+PYRLHF_INLINE void put_past_caches(bf16* p, vf x) {
+    const vh halves = __builtin_convertvector(nearest_bf16(x) >> 16, vh);
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(halves) != 0) return put(p, x);
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)halves);
+#elif defined(PYRLHF_ISA_avx2)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)halves);
+#else
+    put(p, x);
+#endif
 }
 
 }  // namespace PYRLHF_ISA
