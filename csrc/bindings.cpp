@@ -91,6 +91,31 @@ void layer_norm_backward(address grad_out, address grad_sum, address summed, add
         threads);
 }
 
+int64_t linear_logprob_scratch(int dtype, int64_t rows, int64_t dim, int64_t vocab, bool backwards) {
+    return cpu().linear_logprob_scratch(static_cast<DType>(dtype), rows, dim, vocab, backwards);
+}
+
+void linear_logprob(address hidden, address weight, address bias, address targets, int dtype, int64_t rows, int64_t dim,
+                    int64_t vocab, float temperature, address logprob, address entropy, address lse, address scratch,
+                    int threads) {
+    cpu().linear_logprob({at<void>(hidden), at<void>(weight), at<void>(bias), at<int64_t>(targets),
+                          static_cast<DType>(dtype), rows, dim, vocab, temperature},
+                         at<float>(logprob), at<float>(entropy), at<float>(lse), at<void>(scratch), threads);
+}
+
+void linear_logprob_backward(address hidden, address weight, address bias, address targets, int dtype, int64_t rows,
+                             int64_t dim, int64_t vocab, float temperature, address active, int64_t active_count,
+                             address grad_logprob, address grad_entropy, address entropy, address lse,
+                             address hidden_sums, address grad_hidden, address grad_weight, address grad_bias,
+                             address scratch, int threads) {
+    cpu().linear_logprob_backward(
+        {at<void>(hidden), at<void>(weight), at<void>(bias), at<int64_t>(targets), static_cast<DType>(dtype), rows, dim,
+         vocab, temperature},
+        {at<int64_t>(active), active_count, at<float>(grad_logprob), at<float>(grad_entropy), at<float>(entropy),
+         at<float>(lse), at<float>(hidden_sums), at<void>(grad_hidden), at<void>(grad_weight), at<void>(grad_bias)},
+        at<void>(scratch), threads);
+}
+
 void ppo_loss(address logprobs, address old_logprobs, address advantages, address values, address old_values,
               address returns, address weights, int64_t n, float clip, float value_clip, float dual_clip, float weight,
               address grad_logprobs, address grad_values, address policy, address value, address stats, int threads) {
@@ -184,6 +209,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("gae", &gae, released);
     m.def("layer_norm", &layer_norm, released);
     m.def("layer_norm_backward", &layer_norm_backward, released);
+    m.def("linear_logprob_scratch", &linear_logprob_scratch);
+    m.def("linear_logprob", &linear_logprob, released);
+    m.def("linear_logprob_backward", &linear_logprob_backward, released);
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);
     m.def("rms_norm", &rms_norm, released);

@@ -22,6 +22,11 @@
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
     KERNEL(layer_norm, void, (const NormForward& arrays, int threads))                                                 \
     KERNEL(layer_norm_backward, void, (const NormBackward& arrays, int threads))                                       \
+    KERNEL(linear_logprob_scratch, int64_t, (DType dtype, int64_t rows, int64_t dim, int64_t vocab, bool backwards))   \
+    KERNEL(linear_logprob, void, (const LinearLogprobInputs& in, float* logprob, float* entropy, float* lse,           \
+                                  void* scratch, int threads))                                                         \
+    KERNEL(linear_logprob_backward, void, (const LinearLogprobInputs& in, const LinearLogprobGradients& grads,         \
+                                           void* scratch, int threads))                                                \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
                             float* grad_values, float* policy, float* value, float* stats, double* scratch,            \
                             int threads))                                                                              \
@@ -73,6 +78,28 @@ struct WriteShape {
     int64_t tokens, heads, dim_bytes, k_token, k_head, v_token, v_head;
 };
 
+// hidden [rows, dim], weight [vocab, dim], bias [vocab] or null, all of dtype; targets [rows] in 0..vocab-1.
+struct LinearLogprobInputs {
+    const void *hidden, *weight, *bias;
+    const int64_t* targets;
+    DType dtype;
+    int64_t rows, dim, vocab;
+    float temperature;
+};
+
+// What linear_logprob_backward is given and makes. rows: the row_count rows that have an upstream gradient,
+// ascending; those of grad hidden are all that is written there. by_logprob, by_entropy: the upstream gradients
+// [in.rows]; entropy and lse, the logits' logsumexp [in.rows], are from the forward. A gradient that is null is not
+// wanted; hidden_sums [in.rows, dim] is where a bfloat16 grad hidden adds up, and unused otherwise. Scratch memory
+// of both: as many bytes as linear_logprob_scratch says for these rows.
+struct LinearLogprobGradients {
+    const int64_t* rows;
+    int64_t row_count;
+    const float *by_logprob, *by_entropy, *entropy, *lse;
+    float* hidden_sums;
+    void *hidden, *weight, *bias;
+};
+
 // The seven inputs of ppo_loss, [n] each; weights may be null (then every weight is options.weight).
 struct PpoArrays {
     const float *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *weights;
@@ -93,8 +120,8 @@ constexpr int ranking_sums = 3;
 // The order is that of KINDS in pyrlhf/ops/activation.py.
 enum class Activation : int { gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
 
-// x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in the
-// backward grad_out is [rows, size] and out is the gradient, shaped like x.
+// x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
+// the backward grad_out is [rows, size] and out is the gradient, shaped like x.
 struct ActivationArrays {
     const void *grad_out, *x;
     void* out;
@@ -105,7 +132,8 @@ struct ActivationArrays {
 };
 
 // Arrays of dtype [rows, size], parameters of weight_dtype [size] and statistics [rows] of rms_norm and layer_norm.
-// residual and sum (x + residual) are null together; bias and mean are layer_norm's alone. scratch is [threads, size].
+// residual and sum (x + residual) are null together; bias and mean are layer_norm's alone. scratch is [threads,
+// size].
 struct NormForward {
     const void *x, *residual, *weight, *bias;
     void *out, *sum;

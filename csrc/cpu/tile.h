@@ -80,8 +80,9 @@ PYRLHF_INLINE void multiply_tile(vf (&c)[M][N], const Unit* a, const Unit* b, in
     }
 }
 
-// How a product meets what C holds: it replaces it, is added to it, or is added to C times one factor a column.
-enum class Into { replace, add, scale_and_add };
+// How a product meets what C holds: it replaces it; it is added to it, C being where the chain of additions starts; it
+// is added to it as a whole, a chain of its own; or it is added to C times one factor a column.
+enum class Into { replace, add, add_whole, scale_and_add };
 
 template <int M, int N, Into into, typename Unit>
 PYRLHF_INLINE void one_tile(float* c, const Unit* a, const Unit* b, int64_t depth, const Strides& at,
@@ -89,13 +90,16 @@ PYRLHF_INLINE void one_tile(float* c, const Unit* a, const Unit* b, int64_t dept
     vf sums[M][N];
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {
-            if (into == Into::replace) sums[m][n] = vf{};
+            if (into == Into::replace || into == Into::add_whole) sums[m][n] = vf{};
             if (into == Into::add) sums[m][n] = load(c + m * at.c_row + n * W);
             if (into == Into::scale_and_add) sums[m][n] = load(c + m * at.c_row + n * W) * load(factors + n * W);
         }
     multiply_tile(sums, a, b, depth, at);
     for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) store(c + m * at.c_row + n * W, sums[m][n]);
+        for (int n = 0; n < N; ++n) {
+            float* to = c + m * at.c_row + n * W;
+            store(to, into == Into::add_whole ? load(to) + sums[m][n] : sums[m][n]);
+        }
 }
 
 template <int N, Into into, typename Unit>

@@ -1,9 +1,10 @@
 """Log-probability of given tokens and entropy of the next-token distribution, from hidden states, without the logits.
 
-The logits of ROWS rows by a chunk of the vocabulary exist at a time. The vocabulary is the outer loop, so that a chunk's
-float32 weight and weight gradient exist once; a running (maximum, sum, weighted sum) a row joins the chunks (online
-softmax, arXiv:1805.02867). The backward makes the logits again. Rows go through GEMMs of one shape, whatever N is, because
-BLAS picks its order of summation by shape.
+On the CPU one C++ kernel a direction does it all, products included: torch has no product of bfloat16 matrices with float32
+logits there. Elsewhere torch does it by slabs: the logits of ROWS rows by a chunk of the vocabulary exist at a time. The
+vocabulary is the outer loop, so that a chunk's float32 weight and weight gradient exist once; a running (maximum, sum,
+weighted sum) a row joins the chunks (online softmax, arXiv:1805.02867). The backward makes the logits again. Rows go
+through GEMMs of one shape, whatever N is, because BLAS picks its order of summation by shape.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._library import define
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._library import define, eager_function
 
 ROWS = 128
 _CHUNK_BYTES = 32 << 20
@@ -52,7 +54,8 @@ def linear_logprob(
     Raises ValueError or TypeError naming the argument.
     """
     _check(hidden, weight, targets, bias, temperature)
-    logprob, entropy, _ = _linear_logprob(hidden, weight, targets, bias, float(temperature))
+    op = _linear_logprob if torch.compiler.is_compiling() else _eager
+    logprob, entropy, _ = op(hidden, weight, targets, bias, float(temperature))
     return logprob, entropy
 
 
@@ -83,7 +86,57 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
         )
 
 
-# -- implementation ---------------------------------------------------------------------------------------------------------
+# -- C++ --------------------------------------------------------------------------------------------------------------------
+
+
+def _scratch(hidden: Tensor, rows: int, vocabulary: int, backward: bool) -> Tensor:
+    needed = core().linear_logprob_scratch(CORE_DTYPES.index(hidden.dtype), rows, hidden.shape[1], vocabulary, backward)
+    return hidden.new_empty(-(-needed // 4), dtype=torch.float32)
+
+
+def _forward_core(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = [None if x is None else x.contiguous() for x in (hidden, weight, bias, targets)]
+    made = [hidden.new_empty(hidden.shape[0], dtype=torch.float32) for _ in range(3)]
+    scratch = _scratch(hidden, hidden.shape[0], weight.shape[0], False)
+    core().linear_logprob(
+        *map(address, given), CORE_DTYPES.index(hidden.dtype), *hidden.shape, weight.shape[0], temperature,
+        *map(address, made), address(scratch), torch.get_num_threads(),
+    )  # fmt: skip
+    return made[0], made[1], made[2]
+
+
+def _backward_core(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    given = [None if x is None else x.contiguous() for x in (hidden, weight, bias, targets)]
+    rows = ((grad_logprob != 0) | (grad_entropy != 0)).nonzero().flatten()  # the others make no work
+    count, vocabulary = rows.shape[0], weight.shape[0]
+    arrays = [x.contiguous() for x in (grad_logprob, grad_entropy, entropy, lse)]
+    by_hidden = (hidden.new_empty if count == hidden.shape[0] else hidden.new_zeros)(hidden.shape if wanted[0] else 0)
+    by_weight = weight.new_empty(weight.shape if wanted[1] else 0)
+    by_bias = weight.new_empty(vocabulary if wanted[2] else 0)
+    sums = None if hidden.dtype == torch.float32 else by_hidden.new_empty(by_hidden.shape, dtype=torch.float32)
+    scratch = _scratch(hidden, count, vocabulary, True)
+    core().linear_logprob_backward(
+        *map(address, given), CORE_DTYPES.index(hidden.dtype), *hidden.shape, vocabulary, temperature,
+        address(rows), count, *map(address, arrays), *map(address, (sums, by_hidden, by_weight, by_bias)),
+        address(scratch), torch.get_num_threads(),
+    )  # fmt: skip
+    return by_hidden, by_weight, by_bias
+
+
+# -- torch ------------------------------------------------------------------------------------------------------------------
 
 
 def _chunks(weight: Tensor) -> Iterator[tuple[int, int]]:
@@ -146,10 +199,9 @@ class _Running(NamedTuple):
         highest.copy_(now)
 
 
-def _forward_impl(
+def _forward_torch(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_targets(targets, weight.shape[0])
     rows, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
     ids = _padded(targets, 0, torch.int64)
     state = _Running(*(torch.zeros(ids.shape, dtype=wide, device=hidden.device) for _ in range(4)))
@@ -173,7 +225,7 @@ def _grad_logits(logits: Tensor, rows: Sequence[Tensor], inside: Tensor, column:
     return grad.scatter_add_(1, column, torch.where(inside[:, None], by_logprob, 0.0))
 
 
-def _backward_impl(
+def _backward_torch(
     grad_logprob: Tensor,
     grad_entropy: Tensor,
     hidden: Tensor,
@@ -183,6 +235,7 @@ def _backward_impl(
     entropy: Tensor,
     lse: Tensor,
     temperature: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide, device = lse.dtype, hidden.device
     ids = _padded(targets, 0, torch.int64)
@@ -205,7 +258,27 @@ def _backward_impl(
             grad_bias[start:end] += grad.sum(0)
             del grad  # before the next slab is made
         grad_weight[start:end] = own
-    return grad_hidden[: len(hidden)].to(hidden.dtype).contiguous(), grad_weight, grad_bias.to(weight.dtype)
+    made = (grad_hidden[: len(hidden)].to(hidden.dtype).contiguous(), grad_weight, grad_bias.to(weight.dtype))
+    by_hidden, by_weight, by_bias = (x if w else x.new_empty(0) for x, w in zip(made, wanted, strict=True))
+    return by_hidden, by_weight, by_bias
+
+
+# -- registration -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_impl(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_targets(targets, weight.shape[0])
+    run = _forward_core if use_core(hidden, weight, bias) else _forward_torch
+    return run(hidden, weight, targets, bias, temperature)
+
+
+def _backward_impl(
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    run = _backward_core if use_core(hidden, weight) else _backward_torch
+    return run(grad_logprob, grad_entropy, hidden, weight, *rest)
 
 
 def _forward_fake(
@@ -218,7 +291,11 @@ def _forward_fake(
 def _backward_fake(
     grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+    shapes = (hidden.shape, weight.shape, (weight.shape[0],))
+    by_hidden, by_weight, by_bias = (
+        hidden.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, rest[-1], strict=True)
+    )
+    return by_hidden, by_weight, by_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -228,15 +305,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, bias, entropy, lse = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = _linear_logprob_backward(
-        grad_logprob, grad_entropy, hidden, weight, targets, bias, entropy, lse, ctx.temperature
+        grad_logprob, grad_entropy, hidden, weight, targets, bias, entropy, lse, ctx.temperature, wanted
     )
-    return grads[0], grads[1], None, grads[2] if bias is not None else None, None
+    by_hidden, by_weight, by_bias = (x if w else None for x, w in zip(grads, wanted, strict=True))
+    return by_hidden, by_weight, None, by_bias, None
 
 
 _linear_logprob_backward = define(
     "linear_logprob_backward(Tensor grad_logprob, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets, "
-    "Tensor? bias, Tensor entropy, Tensor lse, float temperature) -> (Tensor, Tensor, Tensor)",
+    "Tensor? bias, Tensor entropy, Tensor lse, float temperature, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )
@@ -248,3 +327,4 @@ _linear_logprob = define(
     backward=_backward,
     setup_context=_setup_context,
 )
+_eager = eager_function(_forward_impl, _setup_context, _backward)

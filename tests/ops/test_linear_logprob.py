@@ -1,10 +1,11 @@
-"""linear_logprob: values, both gradients, memory that does not grow with N x V, independence of rows."""
+"""linear_logprob: values, gradients, memory that does not grow with N x V, independence of rows and of threads."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pyrlhf.ops import linear_logprob, linear_logprob_ref
+from pyrlhf.ops._core import CORE_DTYPES, core
 
 module = sys.modules["pyrlhf.ops.linear_logprob"]
 
@@ -34,18 +36,33 @@ def with_logits(
     return distribution.log_prob(targets), distribution.entropy()
 
 
-@pytest.fixture(params=[False, True], ids=["one chunk", "many chunks"])
-def chunks(request, monkeypatch):
-    """The vocabulary in one piece, and in pieces of 64."""
-    if request.param:
+@pytest.fixture(params=["core", "one chunk", "many chunks"])
+def way(request, monkeypatch):
+    """The C++ core, and torch with the vocabulary in one piece and in pieces of 64."""
+    if request.param != "core":
+        monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    if request.param == "many chunks":
         monkeypatch.setattr(module, "_CHUNK_BYTES", 1)
+
+
+def gradients(given: Sequence[Tensor], targets: Tensor, **options: float) -> list[Tensor]:
+    """Both outputs, then the gradients by hidden, weight and bias of logprob - 0.1 entropy, weighted row by row."""
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    logprob, entropy = linear_logprob(*leaves[:2], targets, bias=leaves[2], **options)
+    weights = torch.linspace(0.5, 1.5, len(targets))
+    grads = torch.autograd.grad((weights * (logprob - 0.1 * entropy)).sum(), leaves)
+    return [logprob.detach(), entropy.detach(), *grads]
+
+
+def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(1, 1, 1), (130, 24, 301), (256, 16, 64), (0, 8, 10)])
-def test_as_good_as_torch(rows, dim, vocabulary, dtype, temperature, bias, chunks, values_and_grads, assert_as_good_as):
+def test_as_good_as_torch(rows, dim, vocabulary, dtype, temperature, bias, way, values_and_grads, assert_as_good_as):
     hidden, weight, offset, targets = inputs(rows, dim, vocabulary, dtype)
     given = (hidden, weight, offset)[: 3 if bias else 2]
 
@@ -60,26 +77,63 @@ def test_as_good_as_torch(rows, dim, vocabulary, dtype, temperature, bias, chunk
     assert_as_good_as(run(linear_logprob_ref, given), peers, exact, tiny=2e-5)
 
 
-@settings(max_examples=40, deadline=None)
+SHAPES = [(1, 1, 1), (3, 1, 7), (2, 5, 1), (65, 33, 129), (130, 24, 301), (64, 64, 1024), (67, 257, 1031)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim", "vocabulary"), SHAPES)
+def test_every_instruction_set(isa, rows, dim, vocabulary, dtype, values_and_grads, assert_as_good_as):
+    given = inputs(rows, dim, vocabulary, dtype)
+
+    def run(function, tensors):
+        return values_and_grads(lambda h, w, b: function(h / 4, w, given[3], bias=b, temperature=1.3), tensors)
+
+    exact = run(with_logits, [x.double() for x in given[:3]])
+    assert_as_good_as(run(linear_logprob, given[:3]), run(with_logits, given[:3]), exact, tiny=5e-6)
+
+
+@pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(16, 8192, 512), (16, 64, 40_000), (8192, 16, 300)])
+def test_long_sums_lose_no_more_than_torchs(rows, dim, vocabulary, values_and_grads, assert_as_good_as):
+    """Sums over dim, over the vocabulary (hidden's gradient) and over the rows (the weight's), in float32."""
+    hidden, weight, _, targets = inputs(rows, dim, vocabulary)
+    given = (hidden * 2 / dim**0.5, weight)
+
+    def run(function, tensors):
+        return values_and_grads(lambda h, w: function(h, w, targets), tensors)
+
+    exact = run(with_logits, [x.double() for x in given])
+    assert_as_good_as(run(linear_logprob, given), run(with_logits, given), exact, tiny=1e-7)
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(0, 200),
-    dim=st.integers(1, 20),
-    vocabulary=st.integers(1, 200),
+    dim=st.integers(1, 40),
+    vocabulary=st.integers(1, 400),
     scale=st.sampled_from([0.01, 1.0, 30.0]),
-    chunk_bytes=st.sampled_from([1, 1 << 30]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
 )
-def test_any_shape(rows, dim, vocabulary, scale, chunk_bytes):
-    hidden, weight, _, targets = inputs(rows, dim, vocabulary)
-    kept, module._CHUNK_BYTES = module._CHUNK_BYTES, chunk_bytes
-    try:
-        logprob, entropy = linear_logprob(hidden * scale, weight, targets)
-    finally:
-        module._CHUNK_BYTES = kept
-    exact = (hidden * scale).double() @ weight.double().T
+def test_any_shape(rows, dim, vocabulary, scale, dtype, bias):
+    hidden, weight, offset, targets = inputs(rows, dim, vocabulary, dtype)
+    hidden, offset = hidden * scale, offset if bias else None
+    logprob, entropy = linear_logprob(hidden, weight, targets, bias=offset)
+    exact = hidden.double() @ weight.double().T + (offset.double() if bias else 0)
     exact = exact - exact.logsumexp(-1, keepdim=True)
     limit = 1e-5 * (1 + scale * dim)
     torch.testing.assert_close(logprob.double(), exact[torch.arange(rows), targets], rtol=1e-5, atol=limit)
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-5, atol=limit)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30])
+def test_torchs_slabs_at_any_size(chunk_bytes, monkeypatch):
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
+    for rows, dim, vocabulary in ((1, 1, 1), (127, 3, 63), (129, 20, 65), (200, 7, 130)):
+        hidden, weight, _, targets = inputs(rows, dim, vocabulary)
+        expected = linear_logprob_ref(hidden.double(), weight.double(), targets)
+        for a, b in zip(linear_logprob(hidden, weight, targets), expected, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * dim)
 
 
 @pytest.mark.parametrize("function", [linear_logprob, linear_logprob_ref])
@@ -107,7 +161,7 @@ def test_golden_values_of_rlax(function, shared_data):
     assert losses == pytest.approx(case["expected"], abs=case["atol"])
 
 
-def test_extreme_logits_stay_finite(chunks):
+def test_extreme_logits_stay_finite(way):
     weight = torch.zeros(200, 4)
     weight[7], weight[130] = 1.0, -1.0
     hidden = torch.full((3, 4), 2e4).requires_grad_()
@@ -118,7 +172,7 @@ def test_extreme_logits_stay_finite(chunks):
     assert hidden.grad.isfinite().all()
 
 
-def test_gradcheck(chunks):
+def test_gradcheck(way):
     hidden, weight, bias, targets = inputs(3, 4, 70, torch.float64)
     given = [x.requires_grad_() for x in (hidden, weight, bias)]
     op = torch.ops.pyrlhf.linear_logprob
@@ -128,7 +182,7 @@ def test_gradcheck(chunks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("dim", "vocabulary"), [(64, 512), (33, 1001)])
-def test_bits_do_not_depend_on_other_rows(dim, vocabulary, dtype, chunks):
+def test_bits_do_not_depend_on_other_rows(dim, vocabulary, dtype, way):
     hidden, weight, _, targets = inputs(300, dim, vocabulary, dtype)
 
     def run(rows: Tensor) -> list[Tensor]:
@@ -142,19 +196,148 @@ def test_bits_do_not_depend_on_other_rows(dim, vocabulary, dtype, chunks):
         assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), every, strict=True))
 
 
-def test_a_bad_row_stays_alone():
-    hidden, weight, _, targets = inputs(5, 8, 20)
-    clean = linear_logprob(hidden, weight, targets)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "vocabulary"), [(64, 2100), (33, 1001)])
+def test_a_rows_bits_are_its_own(isa, dim, vocabulary, dtype):
+    hidden, weight, bias, targets = inputs(203, dim, vocabulary, dtype)
+
+    def run(rows: Tensor) -> list[Tensor]:
+        leaf = hidden[rows].requires_grad_()
+        logprob, entropy = linear_logprob(leaf, weight, targets[rows], bias=bias, temperature=0.9)
+        return [logprob, entropy, *torch.autograd.grad(logprob.sum() - 0.1 * entropy.sum(), leaf)]
+
+    every = run(torch.arange(203))
+    for rows in (torch.tensor([0]), torch.tensor([131]), torch.arange(100, 167), torch.arange(202, -1, -1)):
+        assert equal(run(rows), [x[rows] for x in every])
+
+
+CHUNKED = (8000, 8, 1100)  # more rows, and more tokens, than the core's backward takes at a time
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(150, 40, 3001), (1, 300, 5000), CHUNKED])
+def test_bits_do_not_depend_on_threads(isa, rows, dim, vocabulary, dtype):
+    *given, targets = inputs(rows, dim, vocabulary, dtype)
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            runs.append(gradients(given, targets, temperature=0.9))
+    finally:
+        torch.set_num_threads(threads)
+    assert equal(runs[0], runs[1])
+    assert equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_the_backward_takes_at_a_time(dtype, values_and_grads, assert_as_good_as):
+    *given, targets = inputs(*CHUNKED, dtype)
+    whole = core().linear_logprob_scratch(CORE_DTYPES.index(dtype), *CHUNKED, True)
+    assert whole < 1.5 * core().linear_logprob_scratch(CORE_DTYPES.index(dtype), CHUNKED[0] // 2, *CHUNKED[1:], True)
+
+    def run(function, tensors):
+        return values_and_grads(lambda h, w, b: function(h, w, targets, bias=b), tensors)
+
+    exact = run(with_logits, [x.double() for x in given])
+    assert_as_good_as(run(linear_logprob, given), run(with_logits, given), exact, tiny=1e-5)
+
+
+def test_more_rows_than_the_forward_takes_at_a_time():
+    hidden, weight, _, targets = inputs(11_000, 1, 32_768)
+    scratch = core().linear_logprob_scratch
+    assert scratch(0, 11_000, 1, 32_768, False) == scratch(0, 12_000, 1, 32_768, False)  # the rows of one time
+    every = linear_logprob(hidden, weight, targets)
+    for at in (slice(0, 70), slice(10_800, 11_000)):
+        assert equal(linear_logprob(hidden[at], weight, targets[at]), [x[at] for x in every])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bad_row_stays_alone(isa, dtype):
+    *given, targets = inputs(70, 8, 200, dtype)
+    clean, hidden = gradients(given, targets), given[0].clone()
     hidden[2] = torch.nan
-    for a, b in zip(linear_logprob(hidden, weight, targets), clean, strict=True):
-        assert a[2].isnan()
-        assert torch.equal(a[[0, 1, 3, 4]], b[[0, 1, 3, 4]])
+    spoilt = gradients((hidden, *given[1:]), targets)
+    others = torch.arange(70) != 2
+    for a, b in zip(spoilt[:3], clean[:3], strict=True):  # of the rows; every row has a part in the other gradients
+        assert a[2].isnan().all()
+        assert torch.equal(a[others], b[others])
+
+
+def test_bad_weights_spoil_every_row_and_only_their_own_gradient(isa):
+    hidden, weight, bias, targets = inputs(5, 8, 300)
+    weight[257, 3] = torch.nan
+    logprob, entropy, *_ = gradients((hidden, weight, bias), targets)
+    assert logprob.isnan().all()
+    assert entropy.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_without_upstream_gradient_are_left_out(isa, dtype):
+    hidden, weight, bias, targets = inputs(150, 24, 301, dtype)
+    kept = torch.arange(150) % 3 == 0
+    hidden[1] = torch.nan  # not even looked at
+
+    def run(hidden: Tensor, targets: Tensor, weights: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        logprob, entropy = linear_logprob(leaves[0], leaves[1], targets, bias=leaves[2])
+        return list(torch.autograd.grad((logprob, entropy), leaves, (weights, 0.1 * weights)))
+
+    weights = torch.linspace(0.5, 1.5, 150)
+    masked, alone = run(hidden, targets, weights * kept), run(hidden[kept], targets[kept], weights[kept])
+    assert torch.equal(masked[0][kept], alone[0])
+    assert not masked[0][~kept].any()
+    assert equal(masked[1:], alone[1:])
+    assert not any(x.any() for x in run(hidden, targets, torch.zeros(150)))
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_wanted_gradients_are_made(wanted, dtype, way):
+    *given, targets = inputs(130, 24, 301, dtype)
+    every = gradients(given, targets)[2:]
+    leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(given)]
+    logprob, entropy = linear_logprob(*leaves[:2], targets, bias=leaves[2])
+    (torch.linspace(0.5, 1.5, 130) * (logprob - 0.1 * entropy)).sum().backward()
+    for i, (leaf, expected) in enumerate(zip(leaves, every, strict=True)):
+        assert torch.equal(leaf.grad, expected) if i in wanted else leaf.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(1, 1, 1), (67, 33, 1031), (0, 5, 9)])
+def test_nothing_is_read_before_it_is_written(isa, rows, dim, vocabulary, dtype, monkeypatch):
+    """Outputs and scratch memory that hold NaN at first change nothing."""
+    *given, targets = inputs(rows, dim, vocabulary, dtype)
+    expected, filled = gradients(given, targets), 0
+
+    def new_empty(t: Tensor, shape: tuple[int, ...] | int, **options: torch.dtype) -> Tensor:
+        nonlocal filled
+        filled += 1
+        return t.new_full(shape if isinstance(shape, tuple) else (shape,), torch.nan, **options)
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    assert equal(gradients(given, targets), expected)
+    assert filled >= 8
+    assert not any(x.isnan().any() for x in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_of_minus_infinity_rules_tokens_out(isa, dtype, values_and_grads):
+    hidden, weight, bias, targets = inputs(40, 8, 300, dtype)
+    kept = torch.arange(300) % 4 != 0
+    targets = kept.nonzero()[targets % 100, 0]
+    masked = values_and_grads(
+        lambda h, w: linear_logprob(h, w, targets, bias=bias.masked_fill(~kept, -torch.inf)), (hidden, weight)
+    )
+    place = kept.cumsum(0)[targets] - 1
+    alone = values_and_grads(lambda h, w: linear_logprob(h, w, place, bias=bias[kept]), (hidden, weight[kept]))
+    for a, b in zip(masked, [*alone[:3], torch.zeros_like(weight).index_copy(0, kept.nonzero()[:, 0], alone[3])]):
+        torch.testing.assert_close(a, b)
 
 
 def test_same_bits_on_repeat(values_and_grads):
     hidden, weight, _, targets = inputs(130, 16, 301)
     runs = [values_and_grads(lambda h, w: linear_logprob(h, w, targets), (hidden, weight)) for _ in range(1000)]
-    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+    assert all(equal(run, runs[0]) for run in runs[1:])
 
 
 def test_weight_gradient_is_summed_in_float32():
@@ -167,13 +350,25 @@ def test_weight_gradient_is_summed_in_float32():
 
 @pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(2000, 8, 5000), (64, 8, 200_000), (600, 512, 9000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slabs_are_bounded(rows, dim, vocabulary, dtype, largest_tensor):
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+def test_slabs_are_bounded(rows, dim, vocabulary, dtype, backend, largest_tensor, monkeypatch):
+    monkeypatch.setenv("PYRLHF_BACKEND", backend)
     hidden, weight, bias, targets = inputs(rows, dim, vocabulary, dtype)
     with largest_tensor() as seen:
         logprob, entropy, lse = module._forward_impl(hidden, weight, targets, bias, 1.0)
-        module._backward_impl(logprob, entropy, hidden, weight, targets, bias, entropy, lse, 1.0)
+        module._backward_impl(logprob, entropy, hidden, weight, targets, bias, entropy, lse, 1.0, [True] * 3)
     assert seen.elements * 4 <= max(module._CHUNK_BYTES, weight.numel() * 4, hidden.numel() * 4)
     assert seen.elements < rows * vocabulary
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", [0, 1])
+def test_scratch_memory_is_bounded(isa, dtype, backward):
+    for rows in (1, 1000, 10**7):
+        for dim in (1, 768, 4096, 32_767, 32_768):
+            for vocabulary in (1, 50_257, 10**8):
+                scratch = core().linear_logprob_scratch(dtype, rows, dim, vocabulary, backward)
+                assert 0 < scratch <= 62 << 20  # the rest of 64 MiB is for tiles on the threads' stacks
 
 
 PEAK = """
