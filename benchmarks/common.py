@@ -12,13 +12,14 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from pyrlhf.engine import keep_freed_memory
 from pyrlhf.ops._core import core
@@ -45,6 +46,13 @@ class Timing:
     low: float
     high: float
     best: float
+
+
+def gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A run of ``function`` and its backward, for `Candidate`; nothing is added to what the leaves hold already."""
+    return lambda: torch.autograd.grad(function(*inputs), inputs, cotangents)
 
 
 def measure(candidates: dict[str, Candidate], rounds: int = 30, budget: float = 60.0) -> dict[str, Timing]:

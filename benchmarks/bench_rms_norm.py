@@ -1,0 +1,73 @@
+"""rms_norm with its residual addition, forward and backward on 4096 x 1024, and forward on the 32 rows of a decode step, against
+torch eager: the upcasting form of transformers' LlamaRMSNorm, and torch.nn.functional.rms_norm, each after the addition.
+
+Target on 2 cores: 3 times faster than torch eager. Bytes: x, residual, the normalised and the sum; in the backward their two
+gradients, the sum and the gradient of x.
+"""
+
+from __future__ import annotations
+
+import torch
+from common import Candidate, gradients, report
+from torch import Tensor
+
+from pyrlhf import ops
+
+EPS = 1e-5
+
+
+def fused(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rms_norm(x, weight, eps=EPS, residual=residual)
+
+
+def reference(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return ops.rms_norm_ref(x, weight, eps=EPS, residual=residual)
+
+
+def upcasting(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    wide = summed.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * wide.to(summed.dtype), summed
+
+
+def functional(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return torch.nn.functional.rms_norm(summed, weight.shape, weight, EPS), summed
+
+
+WAYS = {
+    "pyrlhf": fused,
+    "rms_norm_ref (torch)": reference,
+    "torch eager, upcasting (LlamaRMSNorm)": upcasting,
+    "torch eager, F.rms_norm": functional,
+}
+
+
+def main(size: int = 1024) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        torch.manual_seed(0)
+        x, residual, *cotangents = (torch.randn(4096, size).to(dtype) for _ in range(4))
+        inputs = [x.requires_grad_(), residual.requires_grad_(), torch.ones(size, dtype=dtype, requires_grad=True)]
+        for way in (upcasting, functional):
+            torch.testing.assert_close(fused(*inputs), way(*inputs))
+        moved = 8 * x.numel() * x.element_size()
+        report(
+            "rms_norm",
+            f"4096 x {size}, {name}, residual, forward and backward",
+            {key: Candidate(gradients(way, inputs, cotangents), moved) for key, way in WAYS.items()},
+            ours="pyrlhf",
+        )
+        few = [x.detach()[:32], residual.detach()[:32], inputs[2].detach()]
+        report(
+            "rms_norm",
+            f"32 x {size}, {name}, residual, forward",
+            {key: Candidate(lambda w=way, a=few: w(*a), moved // 256) for key, way in WAYS.items()},
+            ours="pyrlhf",
+            rounds=300,
+        )
+
+
+if __name__ == "__main__":
+    main()
