@@ -116,6 +116,21 @@ void linear_logprob_backward(address hidden, address weight, address bias, addre
         at<void>(scratch), threads);
 }
 
+void pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int64_t columns, address panels, int to,
+                 int threads) {
+    cpu().pack_weight(at<void>(weight), static_cast<DType>(from), row_stride, rows, columns, at<void>(panels),
+                      static_cast<DType>(to), threads);
+}
+
+void packed_linear(address x, int dtype, address panels, int packed, address bias, int bias_dtype, int activation,
+                   int64_t rows, int64_t in_features, int64_t out_features, address y, int threads) {
+    const bool as_is = dtype == packed && (static_cast<DType>(packed) == DType::float32 || in_features % 2 == 0);
+    const std::unique_ptr<uint32_t[]> units(as_is ? nullptr : new uint32_t[static_cast<size_t>(rows * in_features)]);
+    cpu().packed_linear({at<void>(x), units.get(), at<void>(panels), at<void>(bias), static_cast<DType>(bias_dtype)},
+                        {rows, in_features, out_features}, static_cast<Activation>(activation), at<void>(y),
+                        static_cast<DType>(dtype), static_cast<DType>(packed), threads);
+}
+
 void ppo_loss(address logprobs, address old_logprobs, address advantages, address values, address old_values,
               address returns, address weights, int64_t n, float clip, float value_clip, float dual_clip, float weight,
               address grad_logprobs, address grad_values, address policy, address value, address stats, int threads) {
@@ -212,6 +227,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("linear_logprob_scratch", &linear_logprob_scratch);
     m.def("linear_logprob", &linear_logprob, released);
     m.def("linear_logprob_backward", &linear_logprob_backward, released);
+    m.def("pack_weight", &pack_weight, released);
+    m.def("packed_linear", &packed_linear, released);
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);
     m.def("rms_norm", &rms_norm, released);

@@ -105,6 +105,8 @@ void run(const ActivationArrays& a, int threads) {
 template <typename T, bool gated>
 void run(const ActivationArrays& a, int threads) {
     switch (a.kind) {
+        case Activation::none:
+            return;
         case Activation::gelu:
             return run<T, Activation::gelu, gated>(a, threads);
         case Activation::gelu_new:

@@ -27,6 +27,10 @@
                                   void* scratch, int threads))                                                         \
     KERNEL(linear_logprob_backward, void, (const LinearLogprobInputs& in, const LinearLogprobGradients& grads,         \
                                            void* scratch, int threads))                                                \
+    KERNEL(pack_weight, void, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
+                               void* panels, DType to, int threads))                                                   \
+    KERNEL(packed_linear, void, (const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation,  \
+                                 void* y, DType dtype, DType packed, int threads))                                     \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
                             float* grad_values, float* policy, float* value, float* stats, double* scratch,            \
                             int threads))                                                                              \
@@ -100,6 +104,22 @@ struct LinearLogprobGradients {
     void *hidden, *weight, *bias;
 };
 
+// Outputs that share a panel of a packed weight.
+constexpr int64_t panel_columns = 64;
+
+// The inputs of packed_linear. units: scratch for x in the dtype of the panels, rows of whole pairs; null where x
+// itself is that. bias may be null.
+struct PackedLinearArrays {
+    const void* x;
+    void* units;
+    const void *panels, *bias;
+    DType bias_dtype;
+};
+
+struct PackedLinearShape {
+    int64_t rows, in_features, out_features;
+};
+
 // The seven inputs of ppo_loss, [n] each; weights may be null (then every weight is options.weight).
 struct PpoArrays {
     const float *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *weights;
@@ -118,7 +138,7 @@ constexpr int64_t ppo_block = 2048;
 constexpr int ranking_sums = 3;
 
 // The order is that of KINDS in pyrlhf/ops/activation.py.
-enum class Activation : int { gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
+enum class Activation : int { none = -1, gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
 
 // x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
 // the backward grad_out is [rows, size] and out is the gradient, shaped like x.

@@ -10,17 +10,30 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyrlhf.ops._checks import check_tensor, float_dtypes
+from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
 from pyrlhf.ops._library import define
+from pyrlhf.ops._memory import streamed
+from pyrlhf.ops.activation import KINDS
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
-_ROWS = 32  # rows a GEMM: always this many, because BLAS picks its order of summation by shape
+_CODES: dict[str | None, int] = {
+    None: -1,
+    **{name: KINDS.index(name) for name in ACTIVATIONS},
+}  # csrc/cpu/kernels.h: Activation
+_COLUMNS = 64  # outputs a panel; csrc/cpu/kernels.h: panel_columns
+_ROWS = 32  # rows a GEMM of torch: always this many, because BLAS picks its order of summation by shape
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight ``[N, K]`` in the layout that `packed_linear` streams; made by `pack_weight`, a copy of its source."""
+    """A weight ``[N, K]`` in the layout that `packed_linear` streams; made by `pack_weight`, a copy of its source.
 
-    panels: Tensor  # [K, N]
+    Attributes:
+        panels: on the CPU float32 ``[N/64, K, 64]`` or bfloat16 ``[N/64, K/2, 64, 2]`` (two neighbours in k side by side),
+            sizes rounded up and filled with zeros; elsewhere ``[K, N]``.
+    """
+
+    panels: Tensor
     out_features: int
     in_features: int
 
@@ -28,15 +41,24 @@ class PackedWeight:
     def dtype(self) -> torch.dtype:
         return self.panels.dtype
 
+    def update(self, weight: Tensor) -> None:
+        """Takes over the values of ``weight``, of the shape and device it was made for, in the same memory: for every optimizer step.
+
+        Raises ValueError or TypeError naming the argument, and then nothing is written.
+        """
+        shape = (self.out_features, self.in_features)
+        check_tensor("update", "weight", weight, shape=shape, dtype=float_dtypes(weight), device=self.panels.device)
+        _pack(weight.detach(), self.panels)
+
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> PackedWeight:
     """Packs a linear layer's weight ``[N, K]`` (float32 or bfloat16; float16 on CUDA), rounded to ``dtype``, for `packed_linear`."""
     check_tensor("pack_weight", "weight", weight, shape=(None, None), dtype=float_dtypes(weight))
     if dtype not in float_dtypes(weight):
         raise TypeError(f"pack_weight: dtype must be one of {float_dtypes(weight)}, found {dtype}")
-    panels = weight.detach().to(dtype).t().contiguous()
-    if panels.data_ptr() == weight.data_ptr():  # a row or a column: nothing moved
-        panels = panels.clone()
+    weight = weight.detach()
+    panels = streamed(_panels_shape(weight, dtype), dtype, weight.device)
+    _pack(weight, panels)
     return PackedWeight(panels, *weight.shape)
 
 
@@ -45,7 +67,8 @@ def packed_linear_ref(
 ) -> Tensor:
     """`packed_linear` in plain torch."""
     _check(x, packed, bias, activation)
-    y = x.to(packed.dtype).to(torch.float32) @ packed.panels.to(torch.float32)
+    weight = _unpacked(packed.panels, packed.in_features, packed.out_features)
+    y = x.to(packed.dtype).to(torch.float32) @ weight.to(torch.float32)
     if bias is not None:
         y = y + bias.to(torch.float32)
     return _activated(y, activation).to(x.dtype)
@@ -62,7 +85,8 @@ def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, a
     """
     _check(x, packed, bias, activation)
     bias = None if bias is None else bias.detach()
-    y: Tensor = _packed_linear(x.detach(), packed.panels, bias, activation)
+    op = _op if torch.compiler.is_compiling() else _packed_linear  # eager decoding skips the dispatcher
+    y: Tensor = op(x.detach(), packed.panels, bias, activation, packed.out_features)
     return y
 
 
@@ -78,6 +102,38 @@ def _check(x: object, packed: object, bias: object, activation: object) -> None:
         raise ValueError(f"{op}: activation must be None or one of {', '.join(ACTIVATIONS)}, found {activation!r}")
 
 
+def _panels_shape(weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    n, k = weight.shape
+    if weight.device.type != "cpu":
+        return (k, n)
+    panels = -(-n // _COLUMNS)
+    return (panels, k, _COLUMNS) if dtype == torch.float32 else (panels, -(-k // 2), _COLUMNS, 2)
+
+
+def _pack(weight: Tensor, panels: Tensor) -> None:
+    n, k = weight.shape
+    if use_core(weight, panels):
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        core().pack_weight(
+            address(weight), CORE_DTYPES.index(weight.dtype), weight.stride(0), n, k,
+            address(panels), CORE_DTYPES.index(panels.dtype), torch.get_num_threads(),
+        )  # fmt: skip
+    elif panels.dim() == 2:
+        panels.copy_(weight.t())
+    else:
+        pair = panels.dim() - 2
+        filled = pad(weight, (0, -k % pair, 0, -n % _COLUMNS))
+        panels.copy_(filled.view(-1, _COLUMNS, *panels.shape[1:2], pair).transpose(1, 2).reshape(panels.shape))
+
+
+def _unpacked(panels: Tensor, in_features: int, out_features: int) -> Tensor:
+    """``[K, N]``"""
+    if panels.dim() == 2:
+        return panels
+    units = panels.view(*panels.shape[:3], -1)  # [N/64, K or K/2, 64, 1 or 2]
+    return units.permute(1, 3, 0, 2).reshape(-1, units.shape[0] * _COLUMNS)[:in_features, :out_features]
+
+
 def _activated(y: Tensor, activation: str | None) -> Tensor:
     # From erf, tanh and exp on purpose: torch's own gelu and silu round some elements differently by their place in memory.
     if activation == "gelu":
@@ -89,20 +145,43 @@ def _activated(y: Tensor, activation: str | None) -> Tensor:
     return torch.relu(y) if activation == "relu" else y
 
 
-def _impl(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None, out_features: int) -> Tensor:
+    if use_core(x, panels, bias):
+        return stream(x, panels, bias, activation, out_features)
+    return _blocks_of_rows(x, _unpacked(panels, x.shape[1], out_features), bias, activation)
+
+
+def stream(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None, out_features: int) -> Tensor:
+    """`packed_linear` without its checks, for a decode loop that knows its tensors to be the core's (`use_core`)."""
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(x.shape[0], out_features)
+    core().packed_linear(
+        address(x), CORE_DTYPES.index(x.dtype), address(panels), CORE_DTYPES.index(panels.dtype),
+        address(bias), 0 if bias is None else CORE_DTYPES.index(bias.dtype), _CODES[activation],
+        *x.shape, out_features, address(y), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _blocks_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """By torch, for a weight ``[K, N]``."""
     rows = x.shape[0]
-    padded = pad(x.to(panels.dtype), (0, 0, 0, -rows % _ROWS))
-    if x.dtype != panels.dtype:  # a bfloat16 GEMM would round its sums to bfloat16
-        padded, panels = padded.to(torch.float32), panels.to(torch.float32)
-    products = [torch.mm(block, panels) for block in padded.split(_ROWS)] or [panels.new_empty(0, panels.shape[1])]
+    padded = pad(x.to(weight.dtype), (0, 0, 0, -rows % _ROWS))
+    if x.dtype != weight.dtype:  # a bfloat16 GEMM would round its sums to bfloat16
+        padded, weight = padded.to(torch.float32), weight.to(torch.float32)
+    products = [torch.mm(block, weight) for block in padded.split(_ROWS)] or [weight.new_empty(0, weight.shape[1])]
     y = torch.cat(products)[:rows].to(torch.float32)
     if bias is not None:
         y = y + bias
     return _activated(y, activation).to(x.dtype).contiguous()
 
 
-def _fake(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    return x.new_empty(x.shape[0], panels.shape[1])
+def _fake(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
 
 
-_packed_linear = define("packed_linear(Tensor x, Tensor panels, Tensor? bias, str? activation) -> Tensor", _impl, _fake)
+_op = define(
+    "packed_linear(Tensor x, Tensor panels, Tensor? bias, str? activation, int out_features) -> Tensor",
+    _packed_linear,
+    _fake,
+)

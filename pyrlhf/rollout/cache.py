@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.ops._core import use_core
+from pyrlhf.ops._memory import streamed
 from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
 from pyrlhf.ops.write_kv import store
 
@@ -39,7 +40,7 @@ class PagedCache:
         if pages < 1 or page_size < 1:
             raise ValueError(f"pages, page_size: expected at least 1 of each, found {pages} and {page_size}")
         shape = (config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = (streamed(shape, dtype, device) for _ in range(2))
         self.pages, self.page_size = pages, page_size
         self._free = list(range(pages - 1, -1, -1))
 

@@ -104,7 +104,7 @@ def test_a_bad_row_stays_alone_and_packing_copies():
 def test_torch_library():
     x, weight, bias = inputs(5, 8, 6)
     packed = pack_weight(weight, torch.float32)
-    torch.library.opcheck(torch.ops.pyrlhf.packed_linear.default, (x, packed.panels, bias, "silu"))
+    torch.library.opcheck(torch.ops.pyrlhf.packed_linear.default, (x, packed.panels, bias, "silu", 6))
     compiled = torch.compile(lambda t: packed_linear(t * 2, packed, bias, "gelu"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), packed_linear(x * 2, packed, bias, "gelu"))
     assert torch.equal(packed_linear(x.T.contiguous().T, packed), packed_linear(x, packed))

@@ -1,0 +1,276 @@
+// The linear layer of a decode step: a few rows of x times a weight that was laid out once in the order in which it is
+// read, so that a step costs what it costs to stream the weight from memory.
+//
+// A panel holds 64 outputs: for each unit of k (a float, or a pair of bfloat16 that are neighbours in k) 64 units, one
+// an output; zeros fill the last panel and an odd k. Every instruction set reads this one layout. Threads share out the
+// panels. Within a panel, k goes in blocks that stay in the first-level cache while all rows of x pass over them, and
+// the same passes ask for the next block: the memory works while the core multiplies. Each output is one chain of
+// additions in the order of k (tile.h), whatever the rows beside it, the blocks and the threads.
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace pyrlhf {
+namespace PYRLHF_ISA {
+namespace {
+
+constexpr int64_t block_rows = 64;                 // of x, whose sums lie in the first-level cache
+constexpr int64_t block_units = 32;                // of k: 8 KB of a panel
+constexpr int64_t line = 64;                       // bytes
+constexpr int64_t unit_bytes = 4 * panel_columns;  // of a panel, one unit of k
+
+// --- Units of a row: from either dtype to either dtype ---
+
+PYRLHF_INLINE vi units_at(const float* row, const float*) { return (vi)load(row); }
+PYRLHF_INLINE vi units_at(const bf16* row, const float*) { return (vi)load(row); }
+PYRLHF_INLINE vi units_at(const bf16* row, const pair*) {
+    vi out;
+    memcpy(&out, row, sizeof(out));
+    return out;
+}
+PYRLHF_INLINE vi units_at(const float* row, const pair*) {
+    const vh halves[2] = {to_bf16(load(row)), to_bf16(load(row + W))};
+    vi out;
+    memcpy(&out, halves, sizeof(out));
+    return out;
+}
+
+template <typename Unit>
+constexpr int64_t per_unit = 2;
+template <>
+constexpr int64_t per_unit<float> = 1;
+
+// Units [at, at + W) of a row of n elements; zeros beyond its end, which is not read.
+template <typename Unit, typename T>
+PYRLHF_INLINE vi units_of(const T* row, int64_t n, int64_t at) {
+    constexpr int64_t elements = W * per_unit<Unit>;
+    const int64_t first = at * per_unit<Unit>, left = n - first;
+    if (left >= elements) return units_at(row + first, static_cast<const Unit*>(nullptr));
+    T some[elements] = {};
+    if (left > 0) memcpy(some, row + first, sizeof(T) * static_cast<size_t>(left));
+    return units_at(some, static_cast<const Unit*>(nullptr));
+}
+
+template <typename Unit>
+PYRLHF_INLINE void store_units(Unit* to, vi units, int64_t n) {
+    if (n >= W)
+        memcpy(to, &units, sizeof(units));
+    else
+        memcpy(to, &units, sizeof(Unit) * static_cast<size_t>(n));
+}
+
+// --- Packing ---
+
+// Asks for the line of p in the second-level cache. Any address is fine: a prefetch does not fault.
+PYRLHF_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// W rows of the weight at a time, each a stream of its own, blocks of W by W turned in registers.
+template <typename Unit, typename T>
+PYRLHF_INLINE void pack_panel(const T* weight, int64_t stride, int64_t rows, int64_t k, Unit* panel) {
+    constexpr int64_t elements = W * per_unit<Unit>, bytes = elements * sizeof(T);
+    const int64_t depth = (k + per_unit<Unit> - 1) / per_unit<Unit>;
+    for (int64_t n = 0; n < panel_columns; n += W)
+        for (int64_t at = 0; at < depth; at += W) {
+            vi block[W];
+            for (int i = 0; i < W; ++i) {
+                const T* const row = weight + (n + i) * stride;
+                for (int64_t b = 0; b < bytes; b += line)
+                    prefetch(reinterpret_cast<const char*>(row + at * per_unit<Unit>) + 4 * bytes + b);
+                block[i] = n + i < rows ? units_of<Unit>(row, k, at) : vi{};
+            }
+            transpose(block);
+            for (int i = 0; i < W && at + i < depth; ++i)
+                stream(reinterpret_cast<float*>(panel + (at + i) * panel_columns + n), (vf)block[i]);
+        }
+    end_of_streams();
+}
+
+template <typename Unit, typename T>
+static void pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, Unit* panels, int threads) {
+    const int64_t depth = (k + per_unit<Unit> - 1) / per_unit<Unit>, count = (n + panel_columns - 1) / panel_columns;
+#pragma omp parallel for schedule(static) num_threads(n* k < 32768 ? 1 : threads)
+    for (int64_t p = 0; p < count; ++p) {
+        const int64_t first = p * panel_columns;
+        pack_panel(weight + first * stride, stride, n - first, k, panels + first * depth);
+    }
+}
+
+// --- The product ---
+
+// The lines that come two blocks later, asked for between the multiplications of this one. The first of `passes` over a
+// block is what the hardware sees as a stream; alone, it needs no more than one line in four to be followed across
+// pages, and every line asked for takes one of the core's few places for misses.
+struct Ahead {
+    const char *at, *end;
+    int64_t burst, step;
+};
+
+PYRLHF_INLINE Ahead ahead_of(const void* block, int64_t passes) {
+    const char* const at = static_cast<const char*>(block) + 2 * block_units * unit_bytes;
+    const char* const end = at + block_units * unit_bytes;
+    return passes == 1 ? Ahead{at, end, 1, unit_bytes}
+                       : Ahead{at, end, (unit_bytes / line + passes - 1) / passes, line};
+}
+PYRLHF_INLINE void ask(Ahead& ahead) {
+    for (int64_t i = 0; i < ahead.burst && ahead.at < ahead.end; ++i, ahead.at += ahead.step) prefetch(ahead.at);
+}
+
+// One row fills few registers: it takes more columns at once.
+template <int M>
+constexpr int tile_width = M == 1 ? 4 : tile_vectors;
+constexpr int panel_vectors = panel_columns / W;
+
+template <int M, typename Unit>
+PYRLHF_INLINE void multiply_rows(float* sums, const Unit* x, int64_t x_stride, const Unit* panel, int64_t depth,
+                                 bool first, Ahead& ahead) {
+    constexpr int N = tile_width<M>;
+    for (int n = 0; n < panel_columns; n += N * W) {
+        vf c[M][N];
+        for (int i = 0; i < M; ++i)
+            for (int j = 0; j < N; ++j) c[i][j] = first ? vf{} : load(sums + i * panel_columns + n + j * W);
+        for (int64_t k = 0; k < depth; ++k) {
+            ask(ahead);
+            multiply_tile(c, x + k, panel + k * panel_columns + n, 1, {x_stride, 1, panel_columns, panel_columns});
+        }
+        for (int i = 0; i < M; ++i)
+            for (int j = 0; j < N; ++j) store(sums + i * panel_columns + n + j * W, c[i][j]);
+    }
+}
+
+PYRLHF_INLINE int64_t passes(int64_t rows) {
+    const int64_t left = rows % tile_rows;
+    return rows / tile_rows *
+           (panel_vectors /
+            tile_width<tile_rows>)+(left == 0 ? 0 : panel_vectors / (left == 1 ? tile_width<1> : tile_width<2>));
+}
+
+// sums [rows, panel_columns] of `rows` rows of x and one panel.
+template <typename Unit>
+static void multiply_panel(float* sums, const Unit* x, int64_t x_stride, int64_t rows, const Unit* panel,
+                           int64_t depth) {
+    for (int64_t k = 0; k < depth; k += block_units) {
+        const int64_t units = depth - k < block_units ? depth - k : block_units;
+        const Unit* const block = panel + k * panel_columns;
+        Ahead ahead = ahead_of(block, passes(rows));
+        int64_t m = 0;
+        for (; m + tile_rows <= rows; m += tile_rows)
+            multiply_rows<tile_rows>(sums + m * panel_columns, x + m * x_stride + k, x_stride, block, units, k == 0,
+                                     ahead);
+        float* const last_sums = sums + m * panel_columns;
+        const Unit* const last = x + m * x_stride + k;
+        if (rows - m == 3) multiply_rows<3>(last_sums, last, x_stride, block, units, k == 0, ahead);
+        if (rows - m == 2) multiply_rows<2>(last_sums, last, x_stride, block, units, k == 0, ahead);
+        if (rows - m == 1) multiply_rows<1>(last_sums, last, x_stride, block, units, k == 0, ahead);
+    }
+}
+
+// --- Bias, activation, rounding ---
+
+template <Activation activation>
+PYRLHF_INLINE vf activated(vf y) {
+    vf other;
+    if constexpr (activation == Activation::gelu) return y * normal_cdf(y, other);
+    if constexpr (activation == Activation::gelu_new)  // (1 + tanh(u)) / 2 = sigmoid(2 u)
+        return y * sigmoid(y * (y * y * (0.044715f * 1.59576912161f) + 1.59576912161f), other);
+    if constexpr (activation == Activation::relu) return y < 0.0f ? vf{} : y;
+    if constexpr (activation == Activation::silu) return y * sigmoid(y, other);
+    return y;
+}
+
+template <Activation activation, typename T>
+PYRLHF_INLINE void finish_as(const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
+                             int64_t stride) {
+    for (int64_t m = 0; m < rows; ++m, sums += panel_columns, y += stride)
+        for (int64_t n = 0; n < columns; n += W) {
+            const vf out = activated<activation>(load(sums + n) + load(bias + n));
+            if (n + W <= columns)
+                store(y + n, out, Whole{});
+            else
+                store(y + n, out, Part{static_cast<int>(columns - n)});
+        }
+}
+
+template <typename T>
+static void finish(Activation activation, const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
+                   int64_t stride) {
+    if (activation == Activation::gelu) return finish_as<Activation::gelu>(sums, bias, rows, columns, y, stride);
+    if (activation == Activation::gelu_new)
+        return finish_as<Activation::gelu_new>(sums, bias, rows, columns, y, stride);
+    if (activation == Activation::relu) return finish_as<Activation::relu>(sums, bias, rows, columns, y, stride);
+    if (activation == Activation::silu) return finish_as<Activation::silu>(sums, bias, rows, columns, y, stride);
+    finish_as<Activation::none>(sums, bias, rows, columns, y, stride);
+}
+
+PYRLHF_INLINE void bias_of_panel(const PackedLinearArrays& in, int64_t first, int64_t columns, float* bias) {
+    memset(bias, 0, panel_columns * sizeof(float));
+    for (int64_t n = 0; in.bias && n < columns; ++n)
+        bias[n] = in.bias_dtype == DType::bfloat16 ? to_float(static_cast<const bf16*>(in.bias)[first + n])
+                                                   : static_cast<const float*>(in.bias)[first + n];
+}
+
+template <typename Unit, typename T>
+static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, T* y,
+                   int threads) {
+    const int64_t depth = (shape.in_features + per_unit<Unit> - 1) / per_unit<Unit>;
+    const int64_t panels = (shape.out_features + panel_columns - 1) / panel_columns;
+    const int64_t blocks = (shape.rows + block_rows - 1) / block_rows;
+    const Unit* const x = static_cast<const Unit*>(in.units ? in.units : in.x);
+    const bool alone = panels * depth * (shape.rows + 8) < 65536;  // less work than waking the other threads
+#pragma omp parallel num_threads(alone ? 1 : threads)
+    {
+        if (in.units) {
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < shape.rows; ++m) {
+                const T* const row = static_cast<const T*>(in.x) + m * shape.in_features;
+                Unit* const to = static_cast<Unit*>(in.units) + m * depth;
+                for (int64_t at = 0; at < depth; at += W)
+                    store_units(to + at, units_of<Unit>(row, shape.in_features, at), depth - at);
+            }
+        }
+        float sums[block_rows * panel_columns], bias[panel_columns];
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
+            const int64_t first = item / blocks * panel_columns, m = item % blocks * block_rows;
+            const int64_t columns =
+                shape.out_features - first < panel_columns ? shape.out_features - first : panel_columns;
+            const int64_t rows = shape.rows - m < block_rows ? shape.rows - m : block_rows;
+            memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
+            multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
+                           depth);
+            bias_of_panel(in, first, columns, bias);
+            finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
+        }
+    }
+}
+
+}  // namespace
+
+void pack_weight(const void* weight, DType from, int64_t stride, int64_t n, int64_t k, void* panels, DType to,
+                 int threads) {
+    const bool wide = to == DType::float32;
+    if (from == DType::float32) {
+        const float* const w = static_cast<const float*>(weight);
+        wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
+             : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
+    } else {
+        const bf16* const w = static_cast<const bf16*>(weight);
+        wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
+             : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
+    }
+}
+
+void packed_linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, void* y,
+                   DType dtype, DType packed, int threads) {
+    if (dtype == DType::float32) {
+        float* const out = static_cast<float*>(y);
+        packed == DType::float32 ? linear<float>(in, shape, activation, out, threads)
+                                 : linear<pair>(in, shape, activation, out, threads);
+    } else {
+        bf16* const out = static_cast<bf16*>(y);
+        packed == DType::float32 ? linear<float>(in, shape, activation, out, threads)
+                                 : linear<pair>(in, shape, activation, out, threads);
+    }
+}
+
+}  // namespace PYRLHF_ISA
+}  // namespace pyrlhf
