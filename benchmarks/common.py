@@ -21,10 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from pyrlhf.engine import keep_freed_memory
+from pyrlhf.ops import linear
 from pyrlhf.ops._core import core
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COPY = "copy (the machine's limit)"
+GEMM = "matrix product (the machine's limit)"
 
 
 @dataclass
@@ -80,18 +82,35 @@ def memory_copy(megabytes: int = 64) -> Candidate:
     return Candidate(lambda: target.copy_(source), bytes=2 * 4 * source.numel())
 
 
+def best_gemm(dtype: torch.dtype, times: int = 1) -> Candidate:
+    """``times`` products of the size that runs fastest here: inputs that fit in cache, sums that are long."""
+    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(1024, 2048).to(dtype)
+
+    def run() -> None:
+        for _ in range(times):
+            linear(a, b)
+
+    return Candidate(run, flops=times * 2 * 1024 * 1024 * 2048)
+
+
 def report(op: str, case: str, candidates: dict[str, Candidate], ours: str, **options: float) -> dict[str, Timing]:
-    """Measures, prints the table and writes it to ``results/<machine>.json`` under ``op`` and ``case``."""
+    """Measures, prints the table and writes it to ``results/<machine>.json`` under ``op`` and ``case``.
+
+    Where a candidate is named GEMM (see `best_gemm`), every rate of operations is also given as a share of its rate.
+    """
     timings = measure(candidates, **options)  # type: ignore[arg-type]
     every = {**candidates, COPY: memory_copy()}
     copied = every[COPY].bytes / timings[COPY].median
-    rows = [row(name, timings[name], every[name], copied, timings[ours].median) for name in timings]
+    multiplied = every[GEMM].flops / timings[GEMM].median if GEMM in every else None
+    rows = [row(name, timings[name], every[name], copied, multiplied, timings[ours].median) for name in timings]
     show(op, case, rows)
     save(op, case, rows)
     return timings
 
 
-def row(name: str, timing: Timing, candidate: Candidate, copied: float, ours: float) -> dict[str, object]:
+def row(
+    name: str, timing: Timing, candidate: Candidate, copied: float, multiplied: float | None, ours: float
+) -> dict[str, object]:
     per_ms = 1 / timing.median
     return {
         "way": name,
@@ -99,17 +118,19 @@ def row(name: str, timing: Timing, candidate: Candidate, copied: float, ours: fl
         "gb_s": round(candidate.bytes * per_ms * 1e-6, 2) if candidate.bytes else None,
         "gflop_s": round(candidate.flops * per_ms * 1e-6, 2) if candidate.flops else None,
         "share_of_copy": round(candidate.bytes * per_ms / copied, 3) if candidate.bytes else None,
+        "share_of_gemm": round(candidate.flops * per_ms / multiplied, 3) if candidate.flops and multiplied else None,
         "times_ours": round(timing.median / ours, 2),
     }
 
 
 def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
     table = Table(title=f"{op}: {case} ({machine()}, {torch.get_num_threads()} threads)", title_justify="left")
-    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", "of copy", "x ours"):
+    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", "of copy", "of GEMM", "x ours"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for r in rows:
-        cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"], r["share_of_copy"]]
-        table.add_row(*("" if cell is None else str(cell) for cell in (*cells, r["times_ours"])))
+        cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"]]
+        cells += [r["share_of_copy"], r["share_of_gemm"], r["times_ours"]]
+        table.add_row(*("" if cell is None else str(cell) for cell in cells))
     Console(width=140).print(table)
 
 
