@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import platform
 import subprocess
@@ -79,6 +80,17 @@ def test_adamw_step_is_the_formula(world: World) -> None:
             expected = decayed - 1e-2 * gradient / (gradient.abs() + 1e-4)
             torch.testing.assert_close(engine.full_state_dict()[name], expected, rtol=1e-4, atol=1e-6)
         assert report.grad_norm == pytest.approx(math.sqrt(total), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_layers_train_alike_when_they_are_large(world: World, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers as small as these run on F.linear; the way of large ones meets gathered and sharded weights too."""
+    small = training.train("lm", world, stage)
+    monkeypatch.setattr(importlib.import_module("pyrlhf.ops.linear"), "LARGE", 1)
+    large = training.train("lm", world, stage)
+    assert large["norms"] == pytest.approx(small["norms"], rel=1e-4)
+    for name, weight in large["weights"].items():
+        torch.testing.assert_close(weight, small["weights"][name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -32,6 +32,24 @@ def assert_same_gradients(model: torch.nn.Module, other: torch.nn.Module, tolera
         assert (parameter.grad - expected[name]).abs().max() <= tolerance * scale, name
 
 
+def test_tools_that_look_for_linear_layers_find_them(tiny: ModelConfig, ragged: Any) -> None:
+    """LoRA and the like replace or hook what is an nn.Linear."""
+    model = CausalLM(tiny)
+    found = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    layers = {
+        f"trunk.layers.{i}.{name}"
+        for i in range(3)
+        for name in ("attention.qkv", "attention.output", "mlp.up", "mlp.down")
+    }
+    assert layers <= set(found)
+    ran: list[str] = []
+    for name, module in found.items():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    batch = ragged(tiny.vocab_size, [5])
+    model.logits(model(*batch))
+    assert sorted(ran) == sorted(found)
+
+
 def test_packed_equals_one_by_one(tiny: ModelConfig, ragged: Any, packed: Any, spread: Spread) -> None:
     model = spread(CausalLM(tiny))
     batch = ragged(tiny.vocab_size, [5, 0, 1, 17, 9])
