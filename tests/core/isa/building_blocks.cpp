@@ -27,7 +27,7 @@ void multiply_any(int into, float* c, const Lane* a, const Lane* b, int64_t rows
 void pairs_of(const float* even, const float* odd, uint32_t* pairs) {
     store_units(pairs, to_pairs(load(even), load(odd)));
 }
-void round_lanes(const float* from, bf16* to) { store_rounded(to, load(from)); }
+void round_lanes(const float* from, bf16* to) { store(to, load(from), Whole{}); }
 void exp2_lanes(const float* from, float* to) { store(to, exp2_small(load(from))); }
 
 void zip_lanes(const uint32_t* a, const uint32_t* b, uint32_t* to) {
