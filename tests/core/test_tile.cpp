@@ -39,13 +39,13 @@ float from_bits(uint32_t bits) {
 
 // --- products ---
 
-// Whether the compiler made one instruction of a * b + c: then the product is not rounded.
+// Whether the compiler made one instruction of a * b + c: then the product, here 1 + 2^-11 + 2^-24, is not rounded.
 bool fused() {
     const int64_t w = blocks().width;
-    const float a = 1.0f + 0x1p-12f;
-    const Buffer<float> left(1, [a](int64_t) { return a; }), right(w, [a](int64_t) { return a; });
-    Buffer<float> sums(w, [](int64_t) { return -1.0f - 0x1p-11f; });
-    blocks().multiply(into_add, sums.data(), left.data(), right.data(), 1, 1, 1, {1, 1, w, w}, nullptr);
+    const Buffer<float> left(2, [](int64_t k) { return k == 0 ? -1.0f - 0x1p-11f : 1.0f + 0x1p-12f; });
+    const Buffer<float> right(2 * w, [w](int64_t i) { return i < w ? 1.0f : 1.0f + 0x1p-12f; });
+    Buffer<float> sums(w);
+    blocks().multiply(into_replace, sums.data(), left.data(), right.data(), 1, 1, 2, {2, 1, w, w}, nullptr);
     CHECK(sums[0] == 0.0f || sums[0] == 0x1p-24f);
     return sums[0] != 0.0f;
 }
@@ -102,9 +102,11 @@ void check_product(int into, int64_t rows, int64_t vectors, int64_t depth, const
         for (int64_t n = 0; n < columns; ++n) {
             const int64_t i = m * at.c_row + n;
             if (into != into_replace) c[i] = random.normal();
-            float sum = into == into_replace ? 0.0f : into == into_add ? c[i] : c[i] * factors[n];
+            float sum = 0.0f;
             for (int64_t k = 0; k < depth; ++k)
                 sum = add_product(sum, a[m * at.a_row + k * at.a_k], b[k * at.b_row + n], is_fused);
+            if (into == into_add) sum = c[i] + sum;
+            if (into == into_scale_and_add) sum = add_product(sum, c[i], factors[n], is_fused);
             expected[i] = sum;
         }
     }
