@@ -67,7 +67,7 @@ def test_the_sdist_holds_what_a_build_needs(source: Path) -> None:
         *ROOT.glob("csrc/**/*"),
         *ROOT.glob("kernels/*.py"),
         *ROOT.glob("pyrlhf/**/*.py"),
-        *ROOT.glob("tests/core/*"),
+        *ROOT.glob("tests/core/**/*"),
         *(ROOT / name for name in ("CMakeLists.txt", "constraints.txt", "LICENSE", "pyrlhf/py.typed")),
     ]
     missing = [str(p.relative_to(ROOT)) for p in tracked if p.is_file() and not (source / p.relative_to(ROOT)).exists()]

@@ -583,7 +583,8 @@ PYRLHF_INLINE void differentiate_block(const Tensors<T>& in, const Gradients<T>&
     for (int64_t i = 0; i < query_block; ++i) {
         const bool real = i < queries.count;
         const int64_t at = at_block + i * stride;
-        scratch.lse[i] = real ? grads.lse[head * shape.tokens + row + i] * log2_e : 0.0f;
+        scratch.lse[i] =
+            real ? static_cast<float>(static_cast<double>(grads.lse[head * shape.tokens + row + i]) / ln_2) : 0.0f;
         scratch.delta[i] = real ? dot(grads.grad_out + at, grads.out + at, size.dim) : 0.0f;
         scratch.factors[i] = shape.scale;
     }

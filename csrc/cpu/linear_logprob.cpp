@@ -131,7 +131,7 @@ template <typename U>
 void product(float* c, const U* a, const U* b, int64_t rows, int64_t vectors, int64_t depth, const Strides& at) {
     multiply<Into::replace>(c, a, b, rows, vectors, least(depth, depth_block), at);
     for (int64_t k = depth_block; k < depth; k += depth_block)
-        multiply<Into::add_whole>(c, a + k * at.a_k, b + k * at.b_row, rows, vectors, least(depth - k, depth_block),
+        multiply<Into::add>(c, a + k * at.a_k, b + k * at.b_row, rows, vectors, least(depth - k, depth_block),
                                   at);
 }
 
@@ -155,7 +155,7 @@ void odd_product(float* tile, const bf16* weight, const pair* panel, int64_t tok
         if (k0 == 0)
             multiply<Into::replace>(tile, block, b, tokens, vectors, count, at);
         else
-            multiply<Into::add_whole>(tile, block, b, tokens, vectors, count, at);
+            multiply<Into::add>(tile, block, b, tokens, vectors, count, at);
     }
 }
 

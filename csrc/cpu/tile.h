@@ -1,11 +1,12 @@
 // The inner loop of every matrix product here: a tile of C, M rows by N vectors, stays in registers while k runs.
 //
-//   C[m][n] += sum over k, in order, of A[m][k] * B[k][n]
+//   C[m][n] += sum over k, in order from 0, of A[m][k] * B[k][n]
 //
 // A is read one unit at a time and broadcast; B is read along n, whole vectors. A unit is what one 32-bit lane holds: a
 // float, or a `pair`, two bfloat16 that are neighbours in k. Pairs multiply by vdpbf16ps where there is AVX512_BF16,
-// and by two multiply-adds in float32 elsewhere; sums are float32 always. Each element of C is one chain of additions
-// in the order of k, so its bits depend on neither the tile that it falls in nor the number of rows and columns.
+// and by two multiply-adds in float32 elsewhere; sums are float32 always. Each element's sum is one chain of additions
+// in the order of k, so its bits depend on neither the tile that it falls in nor the number of rows and columns. The
+// sum meets what C held once, at its end: a C that many products are added to is rounded once a product, not once a k.
 #pragma once
 
 #include "cpu/simd.h"
@@ -80,25 +81,21 @@ PYRLHF_INLINE void multiply_tile(vf (&c)[M][N], const Unit* a, const Unit* b, in
     }
 }
 
-// How a product meets what C holds: it replaces it; it is added to it, C being where the chain of additions starts; it
-// is added to it as a whole, a chain of its own; or it is added to C times one factor a column.
-enum class Into { replace, add, add_whole, scale_and_add };
+// How a product meets what C holds: it replaces it, is added to it as a whole (a chain of additions of its own), or is
+// added to C times one factor a column.
+enum class Into { replace, add, scale_and_add };
 
 template <int M, int N, Into into, typename Unit>
 PYRLHF_INLINE void one_tile(float* c, const Unit* a, const Unit* b, int64_t depth, const Strides& at,
                             const float* factors) {
-    vf sums[M][N];
-    for (int m = 0; m < M; ++m)
-        for (int n = 0; n < N; ++n) {
-            if (into == Into::replace || into == Into::add_whole) sums[m][n] = vf{};
-            if (into == Into::add) sums[m][n] = load(c + m * at.c_row + n * W);
-            if (into == Into::scale_and_add) sums[m][n] = load(c + m * at.c_row + n * W) * load(factors + n * W);
-        }
+    vf sums[M][N] = {};
     multiply_tile(sums, a, b, depth, at);
     for (int m = 0; m < M; ++m)
         for (int n = 0; n < N; ++n) {
-            float* to = c + m * at.c_row + n * W;
-            store(to, into == Into::add_whole ? load(to) + sums[m][n] : sums[m][n]);
+            float* const to = c + m * at.c_row + n * W;
+            if (into == Into::add) sums[m][n] = load(to) + sums[m][n];
+            if (into == Into::scale_and_add) sums[m][n] = load(to) * load(factors + n * W) + sums[m][n];
+            store(to, sums[m][n]);
         }
 }
 

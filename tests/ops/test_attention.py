@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyrlhf.ops import attention, attention_ref
+from pyrlhf.ops._core import core
 
 module = sys.modules["pyrlhf.ops.attention"]
 
@@ -204,14 +208,12 @@ def test_bits_do_not_depend_on_neighbours(heads, kv_heads, dim, dtype, values_an
                 assert torch.equal(g[start : start + 37], b)
 
 
-def test_same_bits_on_repeat(values_and_grads):
-    lengths = [13, 7, 20]
+@pytest.mark.parametrize("lengths", [[13, 7, 20], [150, 60, 190]], ids=["one thread", "all threads"])
+def test_same_bits_on_repeat(lengths, values_and_grads):
+    given = inputs(sum(lengths), 4, 2, 16)
     for mask in ({}, {"prefix": True}):
         keywords, _ = arguments(mask, lengths)
-        runs = [
-            values_and_grads(lambda *x: attention(*x, offsets(lengths), **keywords), inputs(40, 4, 2, 16))  # noqa: B023
-            for _ in range(1000)
-        ]
+        runs = [values_and_grads(lambda *x: attention(*x, offsets(lengths), **keywords), given) for _ in range(1000)]  # noqa: B023
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
@@ -236,6 +238,254 @@ def test_non_contiguous_inputs():
     assert torch.equal(attention(q, k, v, cu), attention(*(x.contiguous() for x in (q, k, v)), cu))
     swapped = torch.randn(4, 20, 8).transpose(0, 1)
     assert torch.equal(attention(swapped, k, v, cu), attention(swapped.contiguous(), k, v, cu))
+
+
+# -- every instruction set, any number of threads, and what must not matter --------------------------------------------------
+
+
+@contextmanager
+def running_on(isa: str) -> Iterator[None]:
+    before = core().isa()
+    core().set_isa(isa)
+    yield
+    core().set_isa(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@st.composite
+def problems(draw):
+    """Ragged lengths and what their tokens see: lengths, keywords of attention."""
+    lengths = draw(st.lists(st.one_of(st.integers(0, 9), st.integers(0, 150)), min_size=1, max_size=7))
+    kind = draw(st.sampled_from(["causal", "bidirectional", "window", "prefix", "prefix, bidirectional"]))
+    if kind == "window":
+        return lengths, {"window": draw(st.integers(1, 160))}
+    keywords = {"causal": "bidirectional" not in kind}
+    if "prefix" in kind:
+        ends = offsets(lengths).tolist()
+        rows = []
+        for start, end in zip(ends[:-1], ends[1:], strict=True):
+            side = draw(st.sampled_from([(0, start), (end, ends[-1])]))
+            rows.append(sorted(draw(st.tuples(st.integers(*side), st.integers(*side)))))
+        keywords["prefix"] = torch.tensor(rows, dtype=torch.int32)
+    return lengths, keywords
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    problem=problems(),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    dim=st.sampled_from([1, 3, 4, 16, 33, 64, 80]),
+    scale=st.sampled_from([None, 0.3, -0.2]),
+    isa=st.sampled_from(core().isas_available()),
+)
+def test_any_ragged_batch_on_any_instruction_set(problem, kv_heads, group, dim, scale, isa):
+    lengths, keywords = problem
+    leaves = [x.requires_grad_() for x in inputs(sum(lengths), kv_heads * group, kv_heads, dim)]
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    cotangent = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1))
+    with running_on(isa):
+        out = attention(*leaves, offsets(lengths), scale=scale, **keywords)
+        out.backward(cotangent)
+    truth = attention_ref(*doubles, offsets(lengths), scale=scale, **keywords)
+    truth.backward(cotangent.double())
+    torch.testing.assert_close(out.double(), truth, rtol=2e-5, atol=1e-5)
+    for a, t in zip(leaves, doubles, strict=True):
+        expected = torch.zeros_like(t) if t.grad is None else t.grad
+        torch.testing.assert_close(a.grad.double(), expected, rtol=5e-5, atol=2e-5)
+
+
+LONGER = [130, 0, 65, 257, 1]
+LONGER_MASKS = {name: mask for name, mask in MASKS.items() if "window" not in name} | {"window": {"window": 70}}
+
+
+@pytest.mark.parametrize("mask", LONGER_MASKS.values(), ids=LONGER_MASKS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_good_as_torch_and_as_the_reference(isa, mask, dtype, values_and_grads, assert_as_good_as):
+    keywords, sees = arguments(mask, LONGER)
+    given = inputs(sum(LONGER), 6, 2, 64, dtype)
+    ours = values_and_grads(lambda *x: attention(*x, offsets(LONGER), **keywords), given)
+    truth = values_and_grads(lambda *x: dense(*x, sees), [x.double() for x in given])
+    assert_as_good_as(ours, values_and_grads(lambda *x: sdpa(*x, sees), given), truth)
+    reference = values_and_grads(lambda *x: attention_ref(*x, offsets(LONGER), **keywords), given)
+    assert_as_good_as(ours, reference, truth)
+
+
+def test_long_sums_are_as_good_as_torch(isa, values_and_grads, assert_as_good_as):
+    """2048 queries are added into the first key's gradients: errors must not grow with their number."""
+
+    def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        return scaled_dot_product_attention(*heads, is_causal=True)[0].transpose(0, 1)
+
+    given = inputs(2048, 2, 2, 64)
+    ours = values_and_grads(lambda *x: attention(*x, offsets([2048])), given)
+    truth = values_and_grads(lambda *x: attention_ref(*x, offsets([2048])), [x.double() for x in given])
+    assert_as_good_as(ours, values_and_grads(causal, given), truth)
+
+
+@pytest.mark.parametrize("mask", LONGER_MASKS.values(), ids=LONGER_MASKS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_on_any_number_of_threads(isa, mask, dtype, values_and_grads):
+    keywords, _ = arguments(mask, LONGER)
+    given = inputs(sum(LONGER), 4, 2, 16, dtype)
+    assert given[0].numel() >= 16384, "below, one thread does it all"
+
+    def run() -> list[Tensor]:
+        return values_and_grads(lambda *x: attention(*x, offsets(LONGER), **keywords), given)
+
+    with threads(1):
+        alone = run()
+    for count in (2, 3):
+        with threads(count):
+            for _ in range(5):
+                assert all(torch.equal(a, b) for a, b in zip(run(), alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_a_prefix_group_do_not_depend_on_neighbours(isa, dtype, values_and_grads):
+    """A prompt of 70, three answers to it or to a part of it, and a sequence that sees across two of them."""
+    lengths, ranges = [70, 20, 140, 3, 9], [[0, 0], [0, 70], [0, 70], [10, 66], [80, 91]]
+    own = inputs(sum(lengths), 4, 2, 33, dtype)
+    prefix = torch.tensor(ranges, dtype=torch.int32)
+    base = values_and_grads(lambda *x: attention(*x, offsets(lengths), prefix=prefix), own)
+    cotangent = torch.randn(base[0].shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    for before, after in ([1], []), ([3, 0, 129], [64, 2]):
+        start, end = sum(before), sum(before) + sum(lengths)
+        packed = [torch.full((end + sum(after), *x.shape[1:]), torch.nan, dtype=dtype) for x in own]
+        for p, x in zip(packed, own, strict=True):
+            p[start:end] = x
+        moved = torch.zeros(len(before) + len(lengths) + len(after), 2, dtype=torch.int32)
+        moved[len(before) : len(before) + len(lengths)] = prefix + start
+        if len(after) > 1:  # neighbours that form a group of their own, around ours
+            moved[0] = torch.tensor([end, end + after[0]])
+        leaves = [p.requires_grad_() for p in packed]
+        out = attention(*leaves, offsets([*before, *lengths, *after]), prefix=moved)[start:end]
+        assert torch.equal(out, base[0])
+        for g, b in zip(torch.autograd.grad(out, leaves, cotangent), base[1:], strict=True):
+            assert torch.equal(g[start:end], b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
+def test_a_nan_stays_in_its_sequence_and_with_those_that_see_it(isa, which, dtype, values_and_grads):
+    lengths = [40, 70, 9, 33, 20]
+    cu = offsets(lengths)
+    prefix = torch.tensor([[0, 0], [0, 0], [40, 110], [0, 0], [0, 40]], dtype=torch.int32)  # 2 sees 1, 4 sees 0
+    given = inputs(sum(lengths), 2, 1, 16, dtype)
+    clean = values_and_grads(lambda *x: attention(*x, cu, prefix=prefix), given)
+    given[which][50] = torch.nan  # in sequence 1
+    found = values_and_grads(lambda *x: attention(*x, cu, prefix=prefix), given)
+    together = torch.zeros(sum(lengths), dtype=torch.bool)
+    together[40:119] = True
+    for x, y in zip(found, clean, strict=True):
+        assert torch.equal(x[~together], y[~together])
+    out, *grads = found
+    assert out[50].isnan().all()
+    assert [bool(x[together].isnan().any()) for x in grads] == [True, True, which != 2]  # v does not meet its gradient
+    if which > 0:  # all that see the key
+        assert out[50:119].isnan().any(dim=2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [{}, {"causal": False}, {"window": 30}], ids=["causal", "bidirectional", "window"])
+def test_views_of_one_qkv_matrix_are_read_in_place(isa, mask, dtype):
+    lengths, heads, kv_heads, dim = [70, 0, 13], 4, 2, 33
+    qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, generator=torch.Generator().manual_seed(2)).to(dtype)
+    cotangent = torch.randn(sum(lengths), heads, dim, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+    def run(contiguous: bool) -> tuple[Tensor, Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        parts = leaf.split([heads, kv_heads, kv_heads], dim=1)
+        out = attention(*(x.contiguous() if contiguous else x for x in parts), offsets(lengths), **mask)
+        return out.detach(), torch.autograd.grad(out, leaf, cotangent)[0]
+
+    for a, b in zip(run(contiguous=False), run(contiguous=True), strict=True):
+        assert torch.equal(a, b)
+    parts = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    (q, k, v, *_), *_ = module._core_arguments(*parts, offsets(lengths), None, True, None, 1.0)
+    assert [x.data_ptr() for x in (q, k, v)] == [x.data_ptr() for x in parts]
+
+
+@pytest.mark.parametrize("mask", LONGER_MASKS.values(), ids=LONGER_MASKS.keys())
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_core_and_plain_torch_agree(isa, mask, dtype, tolerance, values_and_grads, monkeypatch):
+    keywords, _ = arguments(mask, LONGER)
+    given = inputs(sum(LONGER), 4, 2, 40, dtype)
+    found = {}
+    for backend in ("auto", "ref"):
+        monkeypatch.setenv("PYRLHF_BACKEND", backend)
+        found[backend] = values_and_grads(lambda *x: attention(*x, offsets(LONGER), **keywords), given)
+    for a, b in zip(found["auto"], found["ref"], strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+MEASURING = """
+import resource, torch
+from pyrlhf.ops import attention
+
+def of_this_process(name):  # VmHWM: the most that was resident, VmSize: all of the address space
+    (line,) = (line for line in open("/proc/self/status") if line.startswith(name + ":"))
+    return int(line.split()[1]) / 1024
+"""
+
+PEAK = """
+def run(tokens):
+    q, k, v = (torch.randn(tokens, 1, 64).to(torch.{dtype}).requires_grad_() for _ in range(3))
+    out = attention(q, k, v, torch.tensor([0, tokens], dtype=torch.int32), causal={causal})
+    out.backward(torch.ones_like(out))
+
+run(300)
+before = of_this_process("VmHWM")
+run(8192)
+print(of_this_process("VmHWM") - before)
+"""
+
+NO_MEMORY = """
+q, k, v = (torch.randn(8192, 1, 128, requires_grad=True) for _ in range(3))
+cu_seqlens = torch.tensor([0, 8192], dtype=torch.int32)
+out = attention(q, k, v, cu_seqlens).sum()
+expected = torch.autograd.grad(out, (q, k, v), retain_graph=True)
+for room in (0, 8, 16, 24):
+    resource.setrlimit(resource.RLIMIT_AS, (int(of_this_process("VmSize") + room) << 20, resource.RLIM_INFINITY))
+    try:
+        torch.autograd.grad(out, (q, k, v), retain_graph=True)
+    except (MemoryError, RuntimeError) as error:
+        print(type(error).__name__, str(error).splitlines()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    for a, b in zip(torch.autograd.grad(out, (q, k, v), retain_graph=True), expected, strict=True):
+        assert torch.equal(a, b)
+"""
+
+
+def lines_of(code: str) -> list[str]:
+    ran = subprocess.run([sys.executable, "-c", MEASURING + code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("dtype", "causal"), [("float32", True), ("float32", False), ("bfloat16", True)])
+def test_no_matrix_of_scores_is_ever_in_memory(dtype, causal):
+    """q, k, v, the output and gradients of 8192 rows are 2 MiB each in float32; the scores would be 256 MiB."""
+    (grown,) = lines_of(PEAK.format(dtype=dtype, causal=causal))
+    assert 5 < float(grown) < 64, "MiB"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_that_runs_out_is_an_exception_and_no_more():
+    """Little room: torch finds none for the gradients. More: the kernel finds none for 32 MiB of its own."""
+    said = lines_of(NO_MEMORY)
+    assert len(said) == 4, said
+    assert all(line.startswith("MemoryError attention: ") or "allocate" in line for line in said), said
+    assert said[-1].startswith("MemoryError attention: the kernel's scratch memory could not be allocated")
 
 
 def test_torch_library():
