@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,11 +33,15 @@ GEMM = "gemm (the machine's limit)"
 
 @dataclass
 class Candidate:
-    """One way of doing the work. bytes: read plus written by a perfect implementation; flops: of one run."""
+    """One way of doing the work. bytes: read plus written by a perfect implementation; flops: of one run.
+
+    extra: further figures of it that the benchmark has measured, a column each.
+    """
 
     run: Callable[[], object]
     bytes: int = 0
     flops: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -138,6 +142,7 @@ def row(name: str, timing: Timing, candidate: Candidate, speeds: dict[str, float
         "gflop_s": round(candidate.flops * per_ms * 1e-6, 2) if candidate.flops else None,
         **{f"share_of_{limit.split()[0]}": round(share, 3) or None for limit, share in shares.items()},
         "times_ours": round(timing.median / ours, 2),
+        **{key: round(value, 1) for key, value in candidate.extra.items()},
     }
 
 
@@ -145,11 +150,12 @@ def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
     table = Table(title=f"{op}: {case} ({machine()}, {torch.get_num_threads()} threads)", title_justify="left")
     shares = [key for key in rows[0] if key.startswith("share_of_")]
     of_limits = [key.removeprefix("share_").replace("_", " ") for key in shares]
-    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", *of_limits, "x ours"):
+    extra = list(rows[0])[list(rows[0]).index("times_ours") + 1 :]
+    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", *of_limits, "x ours", *extra):
         table.add_column(heading, justify="left" if heading == "way" else "right")
     for r in rows:
         cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"]]
-        cells += [*(r[key] for key in shares), r["times_ours"]]
+        cells += [*(r[key] for key in shares), r["times_ours"], *(r.get(key) for key in extra)]
         table.add_row(*("" if cell is None else str(cell) for cell in cells))
     Console(width=140).print(table)
 

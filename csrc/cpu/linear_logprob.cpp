@@ -83,8 +83,7 @@ struct Carver {
     }
 };
 
-// --- panels: matrices as tile.h's B wants them, [units along the sum][lanes], the last ones filled up with zeros
-// ---------
+// --- panels: matrices as tile.h's B wants them, [units along the sum][lanes], the last ones filled up with zeros ---
 
 PYRLHF_INLINE float unit_of(const float* x, const float*) { return *x; }
 // b may be null: the sum ends within the pair.
@@ -131,12 +130,10 @@ template <typename U>
 void product(float* c, const U* a, const U* b, int64_t rows, int64_t vectors, int64_t depth, const Strides& at) {
     multiply<Into::replace>(c, a, b, rows, vectors, least(depth, depth_block), at);
     for (int64_t k = depth_block; k < depth; k += depth_block)
-        multiply<Into::add>(c, a + k * at.a_k, b + k * at.b_row, rows, vectors, least(depth - k, depth_block),
-                                  at);
+        multiply<Into::add>(c, a + k * at.a_k, b + k * at.b_row, rows, vectors, least(depth - k, depth_block), at);
 }
 
-// --- a tile of logits, [tokens][lanes]
-// -----------------------------------------------------------------------------------
+// --- a tile of logits, [tokens][lanes] ---
 
 // Rows of an odd number of bfloat16 do not lie on pairs: they are copied, block by block.
 PYRLHF_INLINE void odd_product(float*, const float*, const float*, int64_t, int64_t, int64_t) {}
@@ -179,8 +176,7 @@ void make_logits(const LinearLogprobInputs& in, int64_t first, int64_t tokens, c
     }
 }
 
-// --- forward
-// -------------------------------------------------------------------------------------------------------------
+// --- forward ---
 
 // Of some logits z of W rows: their maximum m, the sum of e^(z - m) and of e^(z - m) (z - m).
 struct Stats {
@@ -302,8 +298,7 @@ void forward(const LinearLogprobInputs& in, float* logprob, float* entropy, floa
     }
 }
 
-// --- backward
-// ------------------------------------------------------------------------------------------------------------
+// --- backward ---
 
 template <typename T>
 struct Backward {
@@ -496,15 +491,17 @@ void bias_gradient(const LinearLogprobGradients& grads, const Backward<T>& at, c
     }
 }
 
-// f(i, j) for a thread's part of a grid: rows are shared first, so that what a thread wrote of a row in one step is
-// what it reads and writes in the next ones, and stays in its caches.
+// f(i, j) for a thread's part of a grid. Each thread has the same number of rows to itself, so that what it wrote of a
+// row in one step is what it reads and writes in the next ones, and stays in its caches; what is left over is cut
+// finer.
 template <typename F>
 PYRLHF_INLINE void share(int64_t rows, int64_t columns, F f) {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t parts = most(1, least(rows, threads)), part = thread % parts;
-    const int64_t partners = (threads - part - 1) / parts + 1, partner = thread / parts;
-    for (int64_t j = columns * partner / partners; j < columns * (partner + 1) / partners; ++j)
-        for (int64_t i = rows * part / parts; i < rows * (part + 1) / parts; ++i) f(i, j);
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads(), own = rows / threads;
+    for (int64_t j = 0; j < columns; ++j)
+        for (int64_t i = own * thread; i < own * (thread + 1); ++i) f(i, j);
+    const int64_t left = (rows - own * threads) * columns;
+    for (int64_t k = left * thread / threads; k < left * (thread + 1) / threads; ++k)
+        f(own * threads + k / columns, k % columns);
 }
 
 // What every thread of a team does for one piece.

@@ -372,7 +372,7 @@ def test_scratch_memory_is_bounded(isa, dtype, backward):
 
 
 PEAK = """
-import resource, torch
+import re, torch
 from pyrlhf.ops import linear_logprob
 torch.set_num_threads(1)
 rows, dim, vocabulary = 2048, 32, 50257
@@ -384,9 +384,11 @@ def step(hidden, weight, targets):
     (logprob.sum() + entropy.sum()).backward()
 weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
 step(hidden[:256], weight[:500], targets[:256] % 500)  # code is paged in
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def high_water():  # not ru_maxrss: that starts at the parent's
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+before = high_water()
 step(hidden, weight, targets)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((high_water() - before) / 1024)
 """
 
 
@@ -394,7 +396,7 @@ def test_peak_memory_of_a_step():
     """The logits alone would be 393 MiB; the contract's 64 MiB and the gradients are allowed."""
     out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
     gradients = (50257 * 32 + 2048 * 32) * 4 / 2**20
-    assert float(out.stdout) <= 64 + gradients
+    assert gradients / 2 < float(out.stdout) <= 64 + gradients
 
 
 def test_torch_library(values_and_grads):

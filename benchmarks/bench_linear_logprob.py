@@ -1,0 +1,116 @@
+"""linear_logprob, forward and backward, against all logits in torch: log_softmax, gather, entropy; and what each holds in memory.
+
+Targets on 2 cores, GPT-2's head on 1024 rows: the arithmetic is four products of rows x dim x vocabulary (two in each
+direction: the backward makes the logits again), so the limit is the rate of the best product here, timed beside them. The ways that keep the logits do three. Memory: an eighth of what torch takes, beside inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import GEMM, Candidate, best_gemm, report
+from torch import Tensor
+
+from pyrlhf import ops
+
+CASES = {"GPT-2's head": (1024, 768, 50_257), "a small model's head": (64, 256, 8192)}
+Outputs = tuple[Tensor, Tensor]
+
+
+def all_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
+    return of_logits(torch.nn.functional.linear(hidden, weight), targets)
+
+
+def all_logits_widened(hidden: Tensor, weight: Tensor, targets: Tensor) -> Outputs:
+    """As trainers do, because ratios of two policies need more than bfloat16."""
+    return of_logits(torch.nn.functional.linear(hidden, weight).float(), targets)
+
+
+def of_logits(logits: Tensor, targets: Tensor) -> Outputs:
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Outputs]] = {
+    "pyrlhf": ops.linear_logprob,
+    "torch, all logits": all_logits,
+    "torch, all logits, made float32": all_logits_widened,
+}
+
+
+def inputs(rows: int, dim: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, dim).to(dtype), (torch.randn(vocabulary, dim) / dim**0.5).to(dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, vocabulary, (rows,))
+
+
+def step(way: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        hidden.grad = weight.grad = None
+        logprob, entropy = WAYS[way](hidden, weight, targets)
+        (logprob.sum() - 0.01 * entropy.sum()).backward()
+
+    return run
+
+
+def held(way: str, case: str, dtype: torch.dtype) -> float:
+    """MiB of memory that a step in a process of its own takes beside inputs and gradients."""
+    command = [sys.executable, __file__, "held", way, case, str(dtype).removeprefix("torch.")]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def print_held(way: str, case: str, dtype: torch.dtype) -> None:
+    given = inputs(*CASES[case], dtype)
+    small = [x.detach()[:64].requires_grad_(x.is_floating_point()) for x in given]
+    step(way, small[0], small[1], small[2] % 64)()  # code and buffers of its libraries are there
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    before = high_water_kib()
+    step(way, *given)()
+    gradients = sum(x.numel() * x.element_size() for x in given[:2]) / 1024
+    print((high_water_kib() - before - gradients) / 1024)
+
+
+def high_water_kib() -> int:
+    """The most memory this process has had. (Its ru_maxrss starts at that of the process that made it.)"""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found.group(1))
+
+
+def main() -> None:
+    for case, (rows, dim, vocabulary) in CASES.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            given = inputs(rows, dim, vocabulary, dtype)
+            ways = [way for way in WAYS if dtype == torch.bfloat16 or way != "torch, all logits, made float32"]
+            for a, b in zip(WAYS[ways[-1]](*given), ops.linear_logprob(*given), strict=True):
+                torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+            flops = 2 * rows * dim * vocabulary
+            candidates = {
+                way: Candidate(
+                    step(way, *given),
+                    flops=(4 if way == "pyrlhf" else 3) * flops,
+                    extra={"held_mib": held(way, case, dtype)},
+                )
+                for way in ways
+            }
+            candidates[GEMM] = best_gemm(dtype, times=1 if rows < 100 else 20)
+            report(
+                "linear_logprob",
+                f"{case}: {rows} x {dim} x {vocabulary}, {str(dtype).removeprefix('torch.')}, forward and backward",
+                candidates,
+                ours="pyrlhf",
+                rounds=30,
+                budget=25.0,
+            )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["held"]:
+        print_held(sys.argv[2], sys.argv[3], getattr(torch, sys.argv[4]))
+    else:
+        main()
