@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import GEMM, Candidate, best_gemm, report
+from common import GEMM, Candidate, best_gemm, in_own_process, report
 from torch import Tensor
 
 from pyrlhf import ops
@@ -58,6 +58,10 @@ def step(way: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Callable[
     return run
 
 
+def made_step(way: str, case: str, dtype: torch.dtype) -> Callable[[], None]:
+    return step(way, *inputs(*CASES[case], dtype))
+
+
 def held(way: str, case: str, dtype: torch.dtype) -> float:
     """MiB of memory that a step in a process of its own takes beside inputs and gradients."""
     command = [sys.executable, __file__, "held", way, case, str(dtype).removeprefix("torch.")]
@@ -98,6 +102,10 @@ def main() -> None:
                 )
                 for way in ways
             }
+            plain = "torch, all logits"
+            candidates[f"{plain}, torch's memory settings"] = Candidate(
+                in_own_process(made_step, plain, case, dtype), flops=3 * flops, extra=candidates[plain].extra
+            )
             candidates[GEMM] = best_gemm(dtype, times=1 if rows < 100 else 20)
             report(
                 "linear_logprob",

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import GEMM, Candidate, best_gemm, report, save
+from common import GEMM, Candidate, best_gemm, in_own_process, report, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -260,30 +260,47 @@ def show_profile(case: str, run: Callable[[], object], least_share: float = 0.00
 # -- the benchmark -----------------------------------------------------------------------------------------------------------
 
 
-def main(dtype: torch.dtype, tokens: int, rounds: int) -> None:
+WAYS = {
+    "transformers, logits everywhere": every_position,
+    "transformers, logits of responses": response_positions,
+}
+
+
+def models(dtype: torch.dtype, tokens: int) -> tuple[CausalLM, GPT2LMHeadModel, Batch]:
     torch.manual_seed(0)
     config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa")
     theirs = GPT2LMHeadModel(config)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         model = CausalLM.from_pretrained(folder, dtype=dtype)
-    theirs = theirs.to(dtype).train()
     batch = make_batch(tokens, config.vocab_size)
     with torch.no_grad():
         logprobs, _ = model(batch.tokens, batch.positions, batch.cu_seqlens, rows=batch.rows, targets=batch.targets)
         batch.old_logprobs = logprobs + 0.2 * torch.randn(len(logprobs), generator=torch.Generator().manual_seed(1))
+    return model, theirs.to(dtype).train(), batch
+
+
+def their_step(way: str, dtype: torch.dtype, tokens: int) -> Callable[[], Tensor]:
+    _, theirs, batch = models(dtype, tokens)
+    return step(WAYS[way], theirs, batch)
+
+
+def main(dtype: torch.dtype, tokens: int, rounds: int) -> None:
+    model, theirs, batch = models(dtype, tokens)
     steps = {
         "pyrlhf": (step(ours, model, batch), model),
-        "transformers, logits everywhere": (step(every_position, theirs, batch), theirs),
-        "transformers, logits of responses": (step(response_positions, theirs, batch), theirs),
+        **{name: (step(way, theirs, batch), theirs) for name, way in WAYS.items()},
     }
     check(steps, tolerance=1e-5 if dtype == torch.float32 else 1e-3)
-    flops = useful_flops(config, batch)
+    flops = useful_flops(theirs.config, batch)
     case = (
         f"GPT-2 small, {tokens} tokens in {len(batch.lengths)} sequences (padded: {batch.padded.numel()}), "
         f"{len(batch.rows)} of responses, {str(dtype).removeprefix('torch.')}"
     )
     candidates = {name: Candidate(run, flops=sum(flops.values())) for name, (run, _) in steps.items()}
+    for name in WAYS:
+        alone = in_own_process(their_step, name, dtype, tokens)
+        candidates[f"{name}, torch's memory settings"] = Candidate(alone, flops=sum(flops.values()))
     candidates[GEMM] = best_gemm(dtype, times=20)
     timings = report("training_step", case, candidates, ours="pyrlhf", rounds=rounds)
     show_bound(case, flops, timings["pyrlhf"].median, candidates[GEMM].flops / timings[GEMM].median)

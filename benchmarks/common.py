@@ -7,13 +7,16 @@ is judged against the machine: bytes (or operations) a second, and the share of 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
 import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -76,6 +79,34 @@ def measure(candidates: dict[str, Candidate], rounds: int = 30, budget: float = 
             candidate.run()  # its own memory back in the allocator and the caches, as in a loop of its own
             samples[name].append(once(candidate.run))
     return {name: summary(times) for name, times in samples.items()}
+
+
+def in_own_process(make: Callable[..., Callable[[], object]], *args: object) -> Callable[[], None]:
+    """``make(*args)()`` in a process that keeps torch's own memory settings, as a program without pyrlhf has them.
+
+    There the temporaries of a step go back to the system, and the next step pays a page fault for each 4 KiB of them.
+    Candidates of this process gain by `keep_freed_memory`, ours or not. ``make`` is a function of a module.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=_serve, args=(there, make, args), daemon=True).start()
+    here.recv()
+
+    def run() -> None:
+        here.send(None)
+        here.recv()
+
+    return run
+
+
+def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple[object, ...]) -> None:
+    run = make(*args)
+    run()
+    with suppress(EOFError):  # nobody asks any more
+        while True:
+            pipe.send(None)
+            pipe.recv()
+            run()
 
 
 def once(run: Callable[[], object]) -> float:
