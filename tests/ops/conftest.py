@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyrlhf.ops._core import core
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from checking import equal, running_on, threads  # noqa: E402
 
 
 @pytest.fixture
@@ -68,10 +74,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once with each instruction set; those that this CPU or build lacks are skipped."""
     if request.param not in core().isas_available():
         pytest.skip(f"this CPU or build has no {request.param}")
-    before = core().isa()
-    core().set_isa(request.param)
-    yield request.param
-    core().set_isa(before)
+    with running_on(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -88,15 +92,13 @@ def poison() -> Iterator[None]:
 
 @pytest.fixture
 def same_bits_for_any_threads() -> Callable[..., None]:
-    """``f(run)``: run() -> tensors gives the same bits with 1, 2 and 3 threads, and again."""
+    """``f(run, repeats)``: run() -> tensors gives the same bits with 1, 2 and 3 threads, ``repeats`` times each."""
 
-    def check(run: Callable[[], Sequence[Tensor]]) -> None:
-        first, threads = run(), torch.get_num_threads()
-        try:
-            for count in (1, 2, 3, 1):
-                torch.set_num_threads(count)
-                assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True)), f"{count} threads"
-        finally:
-            torch.set_num_threads(threads)
+    def check(run: Callable[[], Sequence[Tensor]], repeats: int = 2) -> None:
+        with threads(1):
+            first = run()
+        for count in (1, 2, 3):
+            with threads(count):
+                assert all(equal(run(), first) for _ in range(repeats)), f"{count} threads"
 
     return check
