@@ -17,7 +17,7 @@ from pyrlhf.ops._core import core
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from checking import equal, running_on, threads  # noqa: E402
+from checking import equal, running_on, threads
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from checking import equal, lines_of, offsets, running_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,10 +16,6 @@ from pyrlhf.ops import attention, attention_ref
 from pyrlhf.ops._core import core
 
 module = sys.modules["pyrlhf.ops.attention"]
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()], dtype=torch.int32)
 
 
 def visible(cu: Tensor, causal: bool, window: int | None, prefix: Tensor | None) -> Tensor:
@@ -214,7 +208,7 @@ def test_same_bits_on_repeat(lengths, values_and_grads):
     for mask in ({}, {"prefix": True}):
         keywords, _ = arguments(mask, lengths)
         runs = [values_and_grads(lambda *x: attention(*x, offsets(lengths), **keywords), given) for _ in range(1000)]  # noqa: B023
-        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+        assert all(equal(run, runs[0]) for run in runs[1:])
 
 
 @pytest.mark.parametrize("backend", ["auto", "ref"])
@@ -241,22 +235,6 @@ def test_non_contiguous_inputs():
 
 
 # -- every instruction set, any number of threads, and what must not matter --------------------------------------------------
-
-
-@contextmanager
-def running_on(isa: str) -> Iterator[None]:
-    before = core().isa()
-    core().set_isa(isa)
-    yield
-    core().set_isa(before)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 @st.composite
@@ -333,20 +311,14 @@ def test_long_sums_are_as_good_as_torch(isa, values_and_grads, assert_as_good_as
 
 @pytest.mark.parametrize("mask", LONGER_MASKS.values(), ids=LONGER_MASKS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_on_any_number_of_threads(isa, mask, dtype, values_and_grads):
+def test_same_bits_on_any_number_of_threads(isa, mask, dtype, values_and_grads, same_bits_for_any_threads):
     keywords, _ = arguments(mask, LONGER)
     given = inputs(sum(LONGER), 4, 2, 16, dtype)
     assert given[0].numel() >= 16384, "below, one thread does it all"
 
-    def run() -> list[Tensor]:
-        return values_and_grads(lambda *x: attention(*x, offsets(LONGER), **keywords), given)
-
-    with threads(1):
-        alone = run()
-    for count in (2, 3):
-        with threads(count):
-            for _ in range(5):
-                assert all(torch.equal(a, b) for a, b in zip(run(), alone, strict=True))
+    same_bits_for_any_threads(
+        lambda: values_and_grads(lambda *x: attention(*x, offsets(LONGER), **keywords), given), repeats=5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -427,16 +399,9 @@ def test_the_core_and_plain_torch_agree(isa, mask, dtype, tolerance, values_and_
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-MEASURING = """
-import resource, torch
+PEAK = """
 from pyrlhf.ops import attention
 
-def of_this_process(name):  # VmHWM: the most that was resident, VmSize: all of the address space
-    (line,) = (line for line in open("/proc/self/status") if line.startswith(name + ":"))
-    return int(line.split()[1]) / 1024
-"""
-
-PEAK = """
 def run(tokens):
     q, k, v = (torch.randn(tokens, 1, 64).to(torch.{dtype}).requires_grad_() for _ in range(3))
     out = attention(q, k, v, torch.tensor([0, tokens], dtype=torch.int32), causal={causal})
@@ -449,6 +414,8 @@ print(of_this_process("VmHWM") - before)
 """
 
 NO_MEMORY = """
+from pyrlhf.ops import attention
+
 q, k, v = (torch.randn(8192, 1, 128, requires_grad=True) for _ in range(3))
 cu_seqlens = torch.tensor([0, 8192], dtype=torch.int32)
 out = attention(q, k, v, cu_seqlens).sum()
@@ -463,12 +430,6 @@ for room in (0, 8, 16, 24):
     for a, b in zip(torch.autograd.grad(out, (q, k, v), retain_graph=True), expected, strict=True):
         assert torch.equal(a, b)
 """
-
-
-def lines_of(code: str) -> list[str]:
-    ran = subprocess.run([sys.executable, "-c", MEASURING + code], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

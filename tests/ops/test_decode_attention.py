@@ -18,7 +18,21 @@ from pyrlhf.ops._core import CORE_DTYPES, core
 
 module = sys.modules["pyrlhf.ops.decode_attention"]
 LENGTHS = [3, 0, 1, 64, 65, 200, 17]
-EDGES = (0, 1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1025, 1540)  # of pages of 16, the core's blocks of 64 and chunks of 512
+EDGES = (
+    0,
+    1,
+    15,
+    16,
+    17,
+    63,
+    64,
+    65,
+    511,
+    512,
+    513,
+    1025,
+    1540,
+)  # of pages of 16, the core's blocks of 64 and chunks of 512
 HEADS = [(2, 2), (4, 2), (8, 2), (8, 1), (7, 1), (14, 2)]  # groups of 1, 2, 4, 8, 7 and 7
 
 
@@ -335,7 +349,11 @@ def test_wrong_calls_name_the_argument(function):
     broken[2, 1] = 99
     negative = table.clone()
     negative[0, 0] = -1
-    wide_heads = {"q": torch.ones(3, 4, 257), "k_cache": torch.ones(2, 16, 2, 257), "v_cache": torch.ones(2, 16, 2, 257)}
+    wide_heads = {
+        "q": torch.ones(3, 4, 257),
+        "k_cache": torch.ones(2, 16, 2, 257),
+        "v_cache": torch.ones(2, 16, 2, 257),
+    }
     names = ("q", "k_cache", "v_cache", "page_table", "seq_lens")
     for error, message, change in (
         (TypeError, "q must be a torch.Tensor, found NoneType", {"q": None}),

@@ -132,20 +132,13 @@ def test_any_batch_of_sequences(lengths: list[int], gamma: float, lam: float, se
         torch.testing.assert_close(found, expected.float(), atol=2e-5, rtol=2e-5)
 
 
-def test_bits_depend_neither_on_the_other_sequences_nor_on_threads_nor_on_the_run(isa: str) -> None:
+def test_bits_depend_neither_on_the_other_sequences_nor_on_threads_nor_on_the_run(
+    isa: str, same_bits_for_any_threads: Callable[..., None]
+) -> None:
     lengths = [37, 0, 1024, 5, 16, 2000] * 6  # enough tokens for more than one thread
     rewards, values, cu, after = packed(lengths)
     whole = gae(rewards, values, cu, bootstrap=after)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for _ in range(334):
-                again = gae(rewards, values, cu, bootstrap=after)
-                assert torch.equal(again[0], whole[0])
-                assert torch.equal(again[1], whole[1])
-    finally:
-        torch.set_num_threads(threads)
+    same_bits_for_any_threads(lambda: gae(rewards, values, cu, bootstrap=after), repeats=334)
     for s in (0, 2, 3, 5, 35):
         rows = slice(int(cu[s]), int(cu[s + 1]))
         alone = gae(rewards[rows], values[rows], torch.tensor([0, lengths[s]]).int(), bootstrap=after[s : s + 1])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from checking import equal, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,14 +37,6 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=[1, 1 << 30], ids=["operands turned", "operands in place"])
 def both_backwards(any_size: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(implementation, "MANY_ROWS", request.param)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def layer(rows: int, k: int, n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
@@ -181,7 +174,7 @@ def test_other_dtypes_and_autocast_are_torchs(any_size: None) -> None:
     for dtype in (torch.float64, torch.float16):
         inputs = layer(40, 24, 16, dtype)
         assert PRODUCT not in called(run, linear, *inputs)
-        assert all(torch.equal(a, b) for a, b in zip(run(linear, *inputs), run(F.linear, *inputs), strict=True))
+        assert equal(run(linear, *inputs), run(F.linear, *inputs))
     x, weight, bias, _ = layer(40, 24, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(linear(x.bfloat16(), weight, bias), F.linear(x.bfloat16(), weight, bias))
@@ -259,13 +252,11 @@ def test_activation_checkpointing(any_size: None, reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_repeat_on_any_number_of_threads(dtype: torch.dtype, two_threads: None) -> None:
+def test_bits_repeat_on_any_number_of_threads(
+    dtype: torch.dtype, same_bits_for_any_threads: Callable[..., None]
+) -> None:
     inputs = layer(1030, 520, 512, dtype)  # large enough for oneDNN, turned operands and both threads
-    first = run(linear, *inputs)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for _ in range(10):
-            assert all(torch.equal(a, b) for a, b in zip(run(linear, *inputs), first, strict=True))
+    same_bits_for_any_threads(lambda: run(linear, *inputs), repeats=7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -284,7 +275,7 @@ def test_every_output_is_written(both_backwards: None, monkeypatch: pytest.Monke
     empty = Tensor.new_empty
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "new_empty", lambda t, *shape, **options: empty(t, *shape, **options).fill_(torch.nan))
-        assert all(torch.equal(a, b) for a, b in zip(run(linear, *inputs), expected, strict=True))
+        assert equal(run(linear, *inputs), expected)
 
 
 @settings(deadline=None, max_examples=40)
@@ -371,13 +362,13 @@ def test_turned_writes_all_and_no_more(isa: str) -> None:
         assert torch.cat([sums[:16], sums[-16:]]).isnan().all()
 
 
-def test_column_sums_of_many_rows_stay_exact_enough(isa: str, two_threads: None) -> None:
+def test_column_sums_of_many_rows_stay_exact_enough(isa: str) -> None:
     t = torch.rand(20_000, 130, generator=torch.Generator().manual_seed(3))
     found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
         sums = torch.empty(130)
-        implementation._turned(t, sums)
+        with threads(count):
+            implementation._turned(t, sums)
         found.append(sums)
     assert all(torch.equal(found[0], other) for other in found)
     exact = t.double().sum(0)

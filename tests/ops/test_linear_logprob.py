@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import pytest
 import torch
+from checking import equal, lines_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,10 +52,6 @@ def gradients(given: Sequence[Tensor], targets: Tensor, **options: float) -> lis
     weights = torch.linspace(0.5, 1.5, len(targets))
     grads = torch.autograd.grad((weights * (logprob - 0.1 * entropy)).sum(), leaves)
     return [logprob.detach(), entropy.detach(), *grads]
-
-
-def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -193,7 +189,7 @@ def test_bits_do_not_depend_on_other_rows(dim, vocabulary, dtype, way):
     every = run(torch.arange(300))
     shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     for rows in (torch.tensor([0]), torch.tensor([131]), torch.arange(100, 237), shuffled):
-        assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), every, strict=True))
+        assert equal(run(rows), [x[rows] for x in every])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -216,17 +212,9 @@ CHUNKED = (8000, 8, 1100)  # more rows, and more tokens, than the core's backwar
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(150, 40, 3001), (1, 300, 5000), CHUNKED])
-def test_bits_do_not_depend_on_threads(isa, rows, dim, vocabulary, dtype):
+def test_bits_do_not_depend_on_threads(isa, rows, dim, vocabulary, dtype, same_bits_for_any_threads):
     *given, targets = inputs(rows, dim, vocabulary, dtype)
-    threads, runs = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            runs.append(gradients(given, targets, temperature=0.9))
-    finally:
-        torch.set_num_threads(threads)
-    assert equal(runs[0], runs[1])
-    assert equal(runs[0], runs[2])
+    same_bits_for_any_threads(lambda: gradients(given, targets, temperature=0.9), repeats=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -372,7 +360,6 @@ def test_scratch_memory_is_bounded(isa, dtype, backward):
 
 
 PEAK = """
-import re, torch
 from pyrlhf.ops import linear_logprob
 torch.set_num_threads(1)
 rows, dim, vocabulary = 2048, 32, 50257
@@ -384,19 +371,17 @@ def step(hidden, weight, targets):
     (logprob.sum() + entropy.sum()).backward()
 weight.grad, hidden.grad = torch.zeros_like(weight), torch.zeros_like(hidden)
 step(hidden[:256], weight[:500], targets[:256] % 500)  # code is paged in
-def high_water():  # not ru_maxrss: that starts at the parent's
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
-before = high_water()
+before = of_this_process("VmHWM")
 step(hidden, weight, targets)
-print((high_water() - before) / 1024)
+print(of_this_process("VmHWM") - before)
 """
 
 
 def test_peak_memory_of_a_step():
     """The logits alone would be 393 MiB; the contract's 64 MiB and the gradients are allowed."""
-    out = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    (grown,) = lines_of(PEAK)
     gradients = (50257 * 32 + 2048 * 32) * 4 / 2**20
-    assert gradients / 2 < float(out.stdout) <= 64 + gradients
+    assert gradients / 2 < float(grown) <= 64 + gradients
 
 
 def test_torch_library(values_and_grads):

@@ -136,7 +136,9 @@ def test_an_activation_over_the_whole_line(isa, activation, assert_as_good_as):
     usual = torch.linspace(-20, 20, 4001)[:, None]
     assert_as_good_as([packed_linear(usual, one, None, activation)], [act(usual)], [act(usual.double())], tiny=2e-7)
     for sign in (1, -1):
-        far = sign * torch.tensor([0.0, 1e-38, 1e-30, 1e-10, 30.0, 90.0, 1e4, 1e20, 3e38, torch.inf, torch.nan])[:, None]
+        far = (
+            sign * torch.tensor([0.0, 1e-38, 1e-30, 1e-10, 30.0, 90.0, 1e4, 1e20, 3e38, torch.inf, torch.nan])[:, None]
+        )
         found = packed_linear(far, one, None, activation)
         torch.testing.assert_close(found, act(far.double()).float(), rtol=1e-6, atol=1e-30, equal_nan=True)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checking import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -149,17 +150,11 @@ def test_not_a_number_is_seen_and_stays_with_its_token(isa: str) -> None:
     assert ppo_loss(*x, value_clip=None).value.isfinite()
 
 
-def test_bits_depend_neither_on_threads_nor_on_the_run(isa: str) -> None:
+def test_bits_depend_neither_on_threads_nor_on_the_run(
+    isa: str, same_bits_for_any_threads: Callable[..., None]
+) -> None:
     x = tokens(9_001)  # enough for more than one thread
-    first = run(ppo_loss, x)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for _ in range(334):
-                assert all(torch.equal(a, b) for a, b in zip(run(ppo_loss, x), first, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    same_bits_for_any_threads(lambda: run(ppo_loss, x), repeats=334)
 
 
 def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +165,7 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(
             Tensor, "new_empty", lambda t, shape: t.new_full(shape if isinstance(shape, tuple) else (shape,), torch.nan)
         )
-        assert all(torch.equal(a, b) for a, b in zip(run(ppo_loss, x), expected, strict=True))
+        assert equal(run(ppo_loss, x), expected)
 
 
 @settings(deadline=None, max_examples=50)
@@ -245,4 +240,4 @@ def test_registration_and_compilation() -> None:
     eager_grads = torch.autograd.grad(loss(*x), (x[0], x[3]))
     compiled_grads = torch.autograd.grad(compiled(*x), (x[0], x[3]))
     assert torch.equal(compiled(*x), loss(*x))
-    assert all(torch.equal(a, b) for a, b in zip(compiled_grads, eager_grads, strict=True))
+    assert equal(compiled_grads, eager_grads)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from checking import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -118,17 +120,12 @@ def test_a_nan_spoils_the_loss_but_only_its_own_groups_gradient(isa: str) -> Non
     assert gradient[5:].isfinite().all()
 
 
-def test_bits_depend_neither_on_threads_nor_on_the_run_and_groups_do_not_mix(isa: str) -> None:
+def test_bits_depend_neither_on_threads_nor_on_the_run_and_groups_do_not_mix(
+    isa: str, same_bits_for_any_threads: Callable[..., None]
+) -> None:
     scores, cu, ranks = ranked([9, 4, 17, 0, 2] * 70)  # enough for more than one thread
     first = run(ranking_loss, scores, cu, ranks)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for _ in range(334):
-                assert all(torch.equal(a, b) for a, b in zip(run(ranking_loss, scores, cu, ranks), first, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    same_bits_for_any_threads(lambda: run(ranking_loss, scores, cu, ranks), repeats=334)
     others = scores.clone()
     others[9:] = -scores[9:]
     assert torch.equal(run(ranking_loss, others, cu, ranks)[-1][:9], first[-1][:9])
@@ -142,7 +139,7 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(
             Tensor, "new_empty", lambda t, shape: t.new_full(shape if isinstance(shape, tuple) else (shape,), torch.nan)
         )
-        assert all(torch.equal(a, b) for a, b in zip(run(ranking_loss, *arguments), expected, strict=True))
+        assert equal(run(ranking_loss, *arguments), expected)
 
 
 @settings(deadline=None, max_examples=60)

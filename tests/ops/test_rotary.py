@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from checking import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -82,7 +83,7 @@ def test_bits_do_not_depend_on_other_rows(dtype):
     q, k, positions, inv_freq = inputs(50, 14, 7, dtype)
     every = rotary(q, k, positions, inv_freq)
     for _ in range(1000):
-        assert all(torch.equal(a, b) for a, b in zip(every, rotary(q, k, positions, inv_freq), strict=True))
+        assert equal(every, rotary(q, k, positions, inv_freq))
     for rows in (slice(0, 1), slice(13, 50)):
         some = rotary(q[rows], k[rows], positions[rows], inv_freq)
         assert all(torch.equal(a, b[rows]) for a, b in zip(some, every, strict=True))
@@ -177,7 +178,7 @@ def test_gradients_with_strides(isa):
     given = torch.randn(33, 7, 24)[:, ::2], torch.randn(2, 24, 33).permute(2, 0, 1)
     strided = torch.autograd.grad(out, (q, k), given, retain_graph=True)
     dense = torch.autograd.grad(out, (q, k), [x.contiguous() for x in given])
-    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+    assert equal(strided, dense)
 
 
 def test_bits_do_not_depend_on_threads(isa, values_and_grads, same_bits_for_any_threads):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checking import equal, running_on, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -122,19 +123,12 @@ def test_a_row_does_not_know_its_batch(isa: str) -> None:
 def test_bits_depend_neither_on_threads_nor_on_the_instruction_set_nor_on_the_run() -> None:
     logits, ids, positions = rows(9, 1000)  # enough for more than one thread
     options = {"seed": 3, "top_k": 50, "top_p": 0.9}
-    first, threads, isa = sample(logits, ids, positions, **options), torch.get_num_threads(), core().isa()
-    try:
-        for name in core().isas_available():
-            core().set_isa(name)
-            for count in (1, 2, 3):
-                torch.set_num_threads(count)
+    first = sample(logits, ids, positions, **options)
+    for isa in core().isas_available():
+        for count in (1, 2, 3):
+            with running_on(isa), threads(count):
                 for _ in range(84):  # with the other loops 1000 at least
-                    again = sample(logits, ids, positions, **options)
-                    assert torch.equal(again[0], first[0])
-                    assert torch.equal(again[1], first[1])
-    finally:
-        torch.set_num_threads(threads)
-        core().set_isa(isa)
+                    assert equal(sample(logits, ids, positions, **options), first)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 6])

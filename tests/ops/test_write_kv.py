@@ -190,8 +190,16 @@ def test_wrong_calls_name_the_argument_and_write_nothing(function, backend, monk
         (ValueError, r"slots must have shape \[3\], found \[2\]", {"slots": slots[:2]}),
         (ValueError, r"slots must be in 0\.\.19.*found 20", {"slots": torch.tensor([0, 7, 20])}),
         (ValueError, r"slots must be in 0\.\.19.*found -1", {"slots": torch.tensor([0, 7, -1])}),
-        (ValueError, r"slots must be in 0\.\.19.*found 9223372036854775807", {"slots": torch.tensor([0, 7, 2**63 - 1])}),
-        (ValueError, r"slots must be in 0\.\.19.*found -9223372036854775808", {"slots": torch.tensor([-(2**63), 7, 1])}),
+        (
+            ValueError,
+            r"slots must be in 0\.\.19.*found 9223372036854775807",
+            {"slots": torch.tensor([0, 7, 2**63 - 1])},
+        ),
+        (
+            ValueError,
+            r"slots must be in 0\.\.19.*found -9223372036854775808",
+            {"slots": torch.tensor([-(2**63), 7, 1])},
+        ),
         (ValueError, "slots must all differ, found 7", {"slots": torch.tensor([7, 0, 7])}),
         (ValueError, "slots must be in", {"k_cache": k_cache[:0], "v_cache": v_cache[:0]}),
     ):
