@@ -1,4 +1,4 @@
-"""sample on 32 rows of GPT-2's vocabulary, against torch's softmax, sort and multinomial as generation loops use them."""
+"""sample on 32 rows of GPT-2's vocabulary, and on 16 with top-p, against torch's softmax, sort and multinomial as generation loops use them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from pyrlhf import ops
 
-CASES: dict[str, dict[str, Any]] = {
-    "temperature 0.7": {"temperature": 0.7},
-    "top-k 50": {"top_k": 50},
-    "top-p 0.9": {"top_p": 0.9},
-    "greedy": {"temperature": 0},
-}
+VOCAB = 50_257
+CASES: list[tuple[str, int, dict[str, Any]]] = [  # name, rows, options
+    ("temperature 0.7", 32, {"temperature": 0.7}),
+    ("top-k 50", 32, {"top_k": 50}),
+    ("top-p 0.9", 16, {"top_p": 0.9}),
+    ("top-p 0.9", 32, {"top_p": 0.9}),
+    ("greedy", 32, {"temperature": 0}),
+]
 
 
 def torch_sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -36,20 +38,22 @@ def torch_sample(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
 
 
-def main(rows: int = 32, vocab: int = 50_257) -> None:
-    torch.manual_seed(0)
-    logits, ids = 3 * torch.randn(rows, vocab), torch.arange(rows)
-    for name, options in CASES.items():
+def main() -> None:
+    for name, rows, options in CASES:
+        torch.manual_seed(0)
+        logits, ids = 3 * torch.randn(rows, VOCAB), torch.arange(rows)
         report(
             "sample",
-            f"{rows} x {vocab}, float32, {name}",
+            f"{rows} x {VOCAB}, float32, {name}",
             {
-                "pyrlhf": Candidate(lambda o=options: ops.sample(logits, ids, ids, seed=0, **o), 4 * logits.numel()),
+                "pyrlhf": Candidate(
+                    lambda x=logits, i=ids, o=options: ops.sample(x, i, i, seed=0, **o), 4 * logits.numel()
+                ),
                 "sample_ref (torch)": Candidate(
-                    lambda o=options: ops.sample_ref(logits, ids, ids, seed=0, **o), 4 * logits.numel()
+                    lambda x=logits, i=ids, o=options: ops.sample_ref(x, i, i, seed=0, **o), 4 * logits.numel()
                 ),
                 "softmax, sort, multinomial": Candidate(
-                    lambda o=options: torch_sample(logits, **o), 4 * logits.numel()
+                    lambda x=logits, o=options: torch_sample(x, **o), 4 * logits.numel()
                 ),
             },
             ours="pyrlhf",

@@ -18,7 +18,7 @@
 #endif
 
 #include "cpu/kernels.h"
-#include "cpu/tile.h"
+#include "cpu/sizes.h"
 
 namespace pyrlhf {
 namespace PYRLHF_ISA {
@@ -33,35 +33,17 @@ constexpr float lowest = -3.402823466e38f;
 constexpr float log2_e = 1.44269504088896341f;
 constexpr double ln_2 = 0.693147180559945309;
 
-PYRLHF_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-PYRLHF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PYRLHF_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// How many elements a 32-bit unit holds.
-template <typename T>
-struct UnitOf;
-template <>
-struct UnitOf<float> {
-    using type = float;
-    static constexpr int elements = 1;
-};
-template <>
-struct UnitOf<bf16> {
-    using type = pair;
-    static constexpr int elements = 2;
-};
-
 // The sizes that every block shares. Rows in scratch memory are filled with zeros up to `padded` elements.
 template <typename T>
 struct Sizes {
     int64_t dim, padded, row_units, depth, rows, vectors;
     explicit Sizes(int64_t d)
         : dim(d),
-          padded(round_up(d, W * UnitOf<T>::elements)),
-          row_units(padded / UnitOf<T>::elements),
-          depth((d + UnitOf<T>::elements - 1) / UnitOf<T>::elements),
+          padded(round_up(d, W * per_unit<T>)),
+          row_units(padded / per_unit<T>),
+          depth(units<T>(d)),
           rows(round_up(d, tile_rows)),
-          vectors((d + W - 1) / W) {}
+          vectors(divide_up(d, W)) {}
 };
 
 struct Span {
@@ -87,7 +69,7 @@ struct Keys {
 
 PYRLHF_INLINE Queries queries_at(int64_t first, int64_t length) {
     const int64_t count = least(query_block, length - first);
-    return {first, count, (count + W - 1) / W};
+    return {first, count, divide_up(count, W)};
 }
 
 // Calls visit(Keys) for every block of keys that these queries see, in order: the prefix, then their own sequence.
@@ -258,13 +240,12 @@ PYRLHF_INLINE void score(const Unit* keys_by_row, const Unit* transposed, const 
 template <Into into, typename T, typename Unit>
 PYRLHF_INLINE void along_keys(float* sums, const Unit* rows_by_key, const Unit* weights, const Queries& queries,
                               const Keys& keys, const Sizes<T>& size, const float* factors = nullptr) {
-    constexpr int64_t e = UnitOf<T>::elements;
     for (int64_t v = 0, step; v < queries.vectors; v += step) {
         const int64_t seen = keys.masked ? queries.first + (v + 2) * W - keys.first : keys.count;
         step = seen < keys.count ? least(2, queries.vectors - v) : queries.vectors - v;
         multiply<into>(sums + v * W, rows_by_key, weights + v * W, size.rows, step,
-                       (most(0, least(keys.count, seen)) + e - 1) / e,
-                       Strides{1, size.padded, query_block, query_block}, factors + v * W);
+                       units<T>(most(0, least(keys.count, seen))), Strides{1, size.padded, query_block, query_block},
+                       factors + v * W);
     }
 }
 
@@ -280,7 +261,7 @@ struct ForwardScratch {
         rows = arena.take<Unit>(query_block * size.row_units);
         transposed = arena.take<Unit>(size.row_units * query_block);
         keys = arena.take<Unit>(query_block * size.row_units);
-        values = arena.take<Unit>(query_block / UnitOf<T>::elements * size.padded);
+        values = arena.take<Unit>(query_block / per_unit<T> * size.padded);
         weights = arena.take<Unit>(query_block * query_block);
         scores = arena.take<float>(query_block * most(key_block, size.padded));
         sums = arena.take<float>(size.padded * query_block);
@@ -388,8 +369,7 @@ template <typename T>
 bool forward(const Tensors<T>& in, const int32_t* cu_seqlens, const int32_t* prefix, T* out, float* lse, int threads) {
     const AttentionShape& shape = in.shape;
     int64_t blocks = 0;
-    for (int64_t s = 0; s < shape.sequences; ++s)
-        blocks += (cu_seqlens[s + 1] - cu_seqlens[s] + query_block - 1) / query_block;
+    for (int64_t s = 0; s < shape.sequences; ++s) blocks += divide_up(cu_seqlens[s + 1] - cu_seqlens[s], query_block);
     const int64_t region = round_up(ForwardScratch<T>::bytes(in.size), 64);
     // Per block of queries: its sequence, and how many blocks come before that sequence.
     int64_t* const owners = static_cast<int64_t*>(malloc(static_cast<size_t>(2 * blocks + 1) * sizeof(int64_t)));
@@ -400,7 +380,7 @@ bool forward(const Tensors<T>& in, const int32_t* cu_seqlens, const int32_t* pre
         return false;
     }
     for (int64_t s = 0, at = 0; s < shape.sequences; ++s) {
-        const int64_t before = at, count = (cu_seqlens[s + 1] - cu_seqlens[s] + query_block - 1) / query_block;
+        const int64_t before = at, count = divide_up(cu_seqlens[s + 1] - cu_seqlens[s], query_block);
         for (; at < before + count; ++at) {
             owners[2 * at] = s;
             owners[2 * at + 1] = before;
@@ -414,7 +394,7 @@ bool forward(const Tensors<T>& in, const int32_t* cu_seqlens, const int32_t* pre
         for (int64_t item = 0; item < blocks * shape.heads; ++item) {
             const int64_t s = owners[2 * (item / shape.heads)], before = owners[2 * (item / shape.heads) + 1];
             const Span span = span_of(cu_seqlens, prefix, s);
-            const int64_t length = span.end - span.start, count = (length + query_block - 1) / query_block;
+            const int64_t length = span.end - span.start, count = divide_up(length, query_block);
             const int64_t local = item - before * shape.heads, head = local / count;
             const int64_t first = (count - 1 - local % count) * query_block;
             const Queries queries = queries_at(first, length);
@@ -550,12 +530,12 @@ __attribute__((noinline)) void differentiate(const float* scores, const float* g
 template <typename T>
 PYRLHF_INLINE void add_key_grads(const Queries& queries, const Keys& keys, const BackwardScratch<T>& scratch,
                                  const Sizes<T>& size, float* grad_k, float* grad_v) {
-    constexpr int e = UnitOf<T>::elements;
+    constexpr int e = per_unit<T>;
     const Strides at = {query_block / e, 1, size.padded, size.padded};
     const int64_t step = keys.masked ? W : key_block;
     for (int64_t j = 0; j < keys.count; j += step) {
         const int64_t skipped = first_vector(queries, keys, j) * W / e, rows = least(step, keys.count - j);
-        const int64_t depth = (queries.count + e - 1) / e - skipped, from = j * (query_block / e) + skipped;
+        const int64_t depth = units<T>(queries.count) - skipped, from = j * (query_block / e) + skipped;
         if (depth <= 0) continue;
         multiply<Into::add>(grad_v + j * size.padded, scratch.weights.by_query + from,
                             scratch.grads_along + skipped * size.padded, rows, size.vectors, depth, at);
@@ -671,7 +651,7 @@ PYRLHF_INLINE void group_sequences(const int32_t* cu_seqlens, const int32_t* pre
         ++groups.starts[group];
         groups.bases[s] = groups.tokens[group];
         groups.tokens[group] += length;
-        groups.blocks[group] += (length + query_block - 1) / query_block;
+        groups.blocks[group] += divide_up(length, query_block);
     }
     int32_t filled = 0;
     for (int64_t g = 0; g < groups.count; ++g) filled += groups.starts[g];
@@ -695,7 +675,7 @@ struct Share {
 
 PYRLHF_INLINE int64_t chunks_of(const Groups& groups, int64_t g, int64_t heads) {
     const int64_t blocks = groups.blocks[g] * heads;
-    return most(1, least(most_chunks, (blocks * query_block + chunk_rows - 1) / chunk_rows));
+    return most(1, least(most_chunks, divide_up(blocks * query_block, chunk_rows)));
 }
 
 // The blocks of queries of one chunk of a share, in order: sequences, their heads, their blocks.
@@ -713,7 +693,7 @@ PYRLHF_INLINE void differentiate_chunk(const Tensors<T>& in, const Gradients<T>&
     for (int32_t i = groups.starts[share.group]; i < groups.starts[share.group + 1]; ++i) {
         const int64_t s = groups.order[i];
         const Span span = span_of(cu_seqlens, prefix, s);
-        const int64_t length = span.end - span.start, count = (length + query_block - 1) / query_block;
+        const int64_t length = span.end - span.start, count = divide_up(length, query_block);
         const KeyGrads own = {grad_k + groups.bases[s] * padded, grad_v + groups.bases[s] * padded};
         const KeyGrads shared = {grad_k + groups.prefix_bases[s] * padded, grad_v + groups.prefix_bases[s] * padded};
         for (int64_t local = most(0, begin - at); local < least(count * in.group, end - at); ++local)

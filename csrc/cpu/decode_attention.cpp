@@ -12,7 +12,7 @@
 #endif
 
 #include "cpu/kernels.h"
-#include "cpu/tile.h"
+#include "cpu/sizes.h"
 
 namespace pyrlhf {
 namespace PYRLHF_ISA {
@@ -24,9 +24,6 @@ constexpr int most_heads = 4;  // query heads in registers at a time
 constexpr int64_t most_dim = 256;
 constexpr float lowest = -3.402823466e38f;
 constexpr float log2_e = 1.44269504088896341f;
-
-PYRLHF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PYRLHF_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename T>
 struct Cache {
@@ -112,7 +109,7 @@ PYRLHF_INLINE void score(const Cache<T>& cache, const Block& block, int64_t dim,
 
 // Scores become probabilities relative to the highest score so far; returns what earlier sums must be multiplied by.
 PYRLHF_INLINE float soften(float* scores, int64_t count, float& highest, float& total) {
-    const int64_t padded = (count + W - 1) / W * W;
+    const int64_t padded = round_up(count, W);
     for (int64_t j = count; j < padded; ++j) scores[j] = lowest;
     vf tops = broadcast(highest);
     for (int64_t j = 0; j < padded; j += W) {
@@ -222,9 +219,7 @@ PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, T*
 struct Chunks {
     int64_t first_token, begin, end;
     Chunks(int64_t length, int64_t window)
-        : first_token(most(0, length - window)),
-          begin(first_token / key_chunk),
-          end((length + key_chunk - 1) / key_chunk) {
+        : first_token(most(0, length - window)), begin(first_token / key_chunk), end(divide_up(length, key_chunk)) {
         if (first_token == length) begin = end;
     }
 };
@@ -233,9 +228,9 @@ template <typename T>
 bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_table, const int32_t* seq_lens, T* out,
             const DecodeShape& shape, int threads) {
     const int64_t group = shape.heads / shape.kv_heads, dim = shape.dim;
-    const int64_t sums_row = (dim + tile_vectors * W - 1) / (tile_vectors * W) * (tile_vectors * W);
+    const int64_t sums_row = round_up(dim, tile_vectors * W);
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
-    const int64_t q_row = (bytes + static_cast<int64_t>(sizeof(vi)) - 1) / static_cast<int64_t>(sizeof(vi));
+    const int64_t q_row = divide_up(bytes, static_cast<int64_t>(sizeof(vi)));
     int64_t items = 0, tokens = 0;
     for (int64_t b = 0; b < shape.rows; ++b) {
         const Chunks chunks(seq_lens[b], shape.window);

@@ -19,8 +19,7 @@
 #include <cmath>
 
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
-#include "cpu/tile.h"
+#include "cpu/sizes.h"
 
 namespace pyrlhf {
 namespace PYRLHF_ISA {
@@ -48,37 +47,13 @@ constexpr int64_t tile_tokens = 128;  // vocabulary in one tile of logits
 constexpr int64_t depth_block = 256;  // units summed in one chain
 constexpr int64_t budget = int64_t{32} << 20;
 
-// What products read: float32 itself, bfloat16 in pairs of neighbours along the sum.
-template <typename T>
-struct UnitOf;
-template <>
-struct UnitOf<float> {
-    using type = float;
-};
-template <>
-struct UnitOf<bf16> {
-    using type = pair;
-};
-template <typename T>
-using Unit = typename UnitOf<T>::type;
-template <typename T>
-constexpr int64_t per_unit = sizeof(Unit<T>) / sizeof(T);
-
-PYRLHF_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-PYRLHF_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-PYRLHF_INLINE int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-template <typename T>
-PYRLHF_INLINE int64_t units(int64_t n) {
-    return blocks(n, per_unit<T>);
-}
-
 // Hands out scratch memory piece by piece, on cache lines. Starting at 0 it only counts.
 struct Carver {
     uintptr_t at;
     template <typename X>
     X* take(int64_t n) {
         const uintptr_t here = at;
-        at += static_cast<uintptr_t>(blocks(n * static_cast<int64_t>(sizeof(X)), 64) * 64);
+        at += static_cast<uintptr_t>(round_up(n * static_cast<int64_t>(sizeof(X)), 64));
         return reinterpret_cast<X*>(here);
     }
 };
@@ -220,11 +195,11 @@ struct Forward {
     int64_t bytes;
 
     Forward(int64_t rows, int64_t dim, int64_t vocab, void* scratch) {
-        const int64_t tiles = blocks(vocab, tile_tokens);
-        group = blocks(tiles, 256);
-        tile_groups = blocks(tiles, group);
+        const int64_t tiles = divide_up(vocab, tile_tokens);
+        group = divide_up(tiles, 256);
+        tile_groups = divide_up(tiles, group);
         const int64_t row_bytes = 4 * (units<T>(dim) + 3 * tile_groups);
-        chunk = lanes * most(1, least(blocks(rows, lanes), budget / row_bytes / lanes));
+        chunk = lanes * most(1, least(divide_up(rows, lanes), budget / row_bytes / lanes));
         Carver carve = {reinterpret_cast<uintptr_t>(scratch)};
         panels = carve.take<Unit<T>>(chunk * units<T>(dim));
         stats = carve.take<float>(tile_groups * chunk * 3);
@@ -238,7 +213,7 @@ template <typename T>
 void measure(const LinearLogprobInputs& in, const Forward<T>& at, int64_t g, int64_t panel, int64_t first_row,
              int64_t rows, float* logprob) {
     alignas(64) float tile[tile_tokens * lanes];
-    const int64_t vectors = blocks(rows, W), end = least((g + 1) * at.group * tile_tokens, in.vocab);
+    const int64_t vectors = divide_up(rows, W), end = least((g + 1) * at.group * tile_tokens, in.vocab);
     float* out = at.stats_at(g, panel);
     for (int64_t first = g * at.group * tile_tokens; first < end; first += tile_tokens) {
         const int64_t tokens = least(tile_tokens, end - first);
@@ -261,7 +236,7 @@ void measure(const LinearLogprobInputs& in, const Forward<T>& at, int64_t g, int
 
 template <typename T>
 void conclude(const Forward<T>& at, int64_t panel, int64_t rows, float* logprob, float* entropy, float* lse) {
-    for (int64_t v = 0; v < blocks(rows, W); ++v) {
+    for (int64_t v = 0; v < divide_up(rows, W); ++v) {
         Stats all = {broadcast(-FLT_MAX), {}, {}};
         for (int64_t g = 0; g < at.tile_groups; ++g) {
             const float* from = at.stats_at(g, panel) + v * W;
@@ -280,7 +255,7 @@ template <typename T>
 void forward(const LinearLogprobInputs& in, float* logprob, float* entropy, float* lse, void* scratch, int threads) {
     const Forward<T> at(in.rows, in.dim, in.vocab, scratch);
     for (int64_t first = 0; first < in.rows; first += at.chunk) {
-        const int64_t rows = least(at.chunk, in.rows - first), panels = blocks(rows, lanes);
+        const int64_t rows = least(at.chunk, in.rows - first), panels = divide_up(rows, lanes);
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t p = 0; p < panels; ++p)
             pack_across<T>(in, nullptr, first + p * lanes, least(lanes, rows - p * lanes),
@@ -317,13 +292,13 @@ struct Backward {
     int64_t bytes;
 
     Backward(int64_t rows, int64_t dim, int64_t vocab, void* scratch) {
-        const int64_t padded = blocks(dim, lanes) * lanes;
+        const int64_t padded = divide_up(dim, lanes) * lanes;
         slab = most(1, least(8, (int64_t{8} << 20) / (4 * padded * tile_tokens))) * tile_tokens;
-        slab = least(slab, blocks(vocab, tile_tokens) * tile_tokens);
+        slab = least(slab, divide_up(vocab, tile_tokens) * tile_tokens);
         const int64_t row_bytes =
             4 * units<T>(dim) + static_cast<int64_t>(sizeof(T)) * (padded + 2 * slab) + 16 + 4 * W * slab / lanes;
-        chunks = most(1, blocks(rows, most(1, budget / row_bytes / lanes) * lanes));
-        chunk = most(1, blocks(blocks(rows, chunks), lanes)) * lanes;
+        chunks = most(1, divide_up(rows, most(1, budget / row_bytes / lanes) * lanes));
+        chunk = most(1, divide_up(divide_up(rows, chunks), lanes)) * lanes;
         dz_stride = chunk + 2 * lanes;  // not a power of 2: the tokens' rows would share few cache sets
         Carver carve = {reinterpret_cast<uintptr_t>(scratch)};
         across = carve.take<Unit<T>>(chunk * units<T>(dim));
@@ -344,7 +319,7 @@ struct Piece {
     int64_t first_row, rows;      // of the rows in use
     int64_t first_token, tokens;  // of the vocabulary
     bool first_chunk, last_chunk, first_slab, last_slab;
-    int64_t panels() const { return blocks(rows, lanes); }
+    int64_t panels() const { return divide_up(rows, lanes); }
     int64_t rows_in(int64_t panel) const { return least(lanes, rows - panel * lanes); }
 };
 
@@ -385,7 +360,7 @@ void differentiate(const LinearLogprobInputs& in, const LinearLogprobGradients& 
                    const Piece& piece, int64_t panel, int64_t first, int64_t tokens, float* tile) {
     const float* given = at.given + panel * 4 * lanes;
     const int64_t rows = piece.rows_in(panel);
-    for (int64_t v = 0; v < blocks(rows, W); ++v) {
+    for (int64_t v = 0; v < divide_up(rows, W); ++v) {
         const vf lse = load(given + v * W), entropy = load(given + lanes + v * W);
         const vf by_logprob = load(given + 2 * lanes + v * W), by_entropy = load(given + 3 * lanes + v * W);
         for (int64_t c = 0; c < tokens; ++c) {
@@ -410,7 +385,7 @@ template <typename T>
 void make_dz(const LinearLogprobInputs& in, const LinearLogprobGradients& grads, const Backward<T>& at,
              const Piece& piece, int64_t panel, int64_t offset) {
     alignas(64) float tile[tile_tokens * lanes];
-    const int64_t vectors = blocks(piece.rows_in(panel), W), tokens = least(tile_tokens, piece.tokens - offset);
+    const int64_t vectors = divide_up(piece.rows_in(panel), W), tokens = least(tile_tokens, piece.tokens - offset);
     const int64_t first = piece.first_token + offset;
     make_logits<T>(in, first, tokens, at.across + panel * units<T>(in.dim) * lanes, vectors, tile);
     differentiate<T>(in, grads, at, piece, panel, first, tokens, tile);
@@ -457,7 +432,7 @@ void weight_gradient(const LinearLogprobInputs& in, const LinearLogprobGradients
     alignas(64) float tile[tile_tokens * lanes];
     const int64_t tokens = least(tile_tokens, piece.tokens - offset), columns = least(lanes, in.dim - d0);
     product(tile, reinterpret_cast<const Unit<T>*>(at.dz_down + offset * at.dz_stride),
-            at.hidden_down + d0 * units<T>(at.chunk), tokens, blocks(columns, W), units<T>(piece.rows),
+            at.hidden_down + d0 * units<T>(at.chunk), tokens, divide_up(columns, W), units<T>(piece.rows),
             {at.dz_stride / per_unit<T>, 1, lanes, lanes});
     for (int64_t c = 0; c < tokens; ++c)
         settle<true>(tile + c * lanes, columns, at.weight_sums + (offset + c) * in.dim + d0,
@@ -472,7 +447,7 @@ void hidden_gradient(const LinearLogprobInputs& in, const LinearLogprobGradients
     alignas(64) float tile[lanes * lanes];
     const int64_t rows = piece.rows_in(panel), columns = least(lanes, in.dim - d0);
     product(tile, at.dz_across + panel * units<T>(at.slab) * lanes, at.weight_down + d0 * units<T>(at.slab), rows,
-            blocks(columns, W), units<T>(piece.tokens), {1, lanes, lanes, lanes});
+            divide_up(columns, W), units<T>(piece.tokens), {1, lanes, lanes, lanes});
     for (int64_t j = 0; j < rows; ++j) {
         const int64_t to = grads.rows[piece.first_row + panel * lanes + j] * in.dim + d0;
         settle<false>(tile + j * lanes, columns, grads.hidden_sums + to, static_cast<T*>(grads.hidden) + to,
@@ -508,7 +483,8 @@ PYRLHF_INLINE void share(int64_t rows, int64_t columns, F f) {
 template <typename T>
 void one_piece(const LinearLogprobInputs& in, const LinearLogprobGradients& grads, const Backward<T>& at,
                const Piece& piece) {
-    const int64_t panels = piece.panels(), tiles = blocks(piece.tokens, tile_tokens), across = blocks(in.dim, lanes);
+    const int64_t panels = piece.panels(), tiles = divide_up(piece.tokens, tile_tokens),
+                  across = divide_up(in.dim, lanes);
     if (at.chunks > 1 || piece.first_slab) {
         share(panels, 1, [&](int64_t p, int64_t) { pack_rows<T>(in, grads, at, piece, p); });
 #pragma omp barrier

@@ -7,8 +7,7 @@
 // the same passes ask for the next block: the memory works while the core multiplies. Each output is one chain of
 // additions in the order of k (tile.h), whatever the rows beside it, the blocks and the threads.
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
-#include "cpu/tile.h"
+#include "cpu/sizes.h"
 
 namespace pyrlhf {
 namespace PYRLHF_ISA {
@@ -36,15 +35,15 @@ PYRLHF_INLINE vi units_at(const float* row, const pair*) {
 }
 
 template <typename Unit>
-constexpr int64_t per_unit = 2;
+constexpr int64_t elements_in = 2;
 template <>
-constexpr int64_t per_unit<float> = 1;
+constexpr int64_t elements_in<float> = 1;
 
 // Units [at, at + W) of a row of n elements; zeros beyond its end, which is not read.
 template <typename Unit, typename T>
 PYRLHF_INLINE vi units_of(const T* row, int64_t n, int64_t at) {
-    constexpr int64_t elements = W * per_unit<Unit>;
-    const int64_t first = at * per_unit<Unit>, left = n - first;
+    constexpr int64_t elements = W * elements_in<Unit>;
+    const int64_t first = at * elements_in<Unit>, left = n - first;
     if (left >= elements) return units_at(row + first, static_cast<const Unit*>(nullptr));
     T some[elements] = {};
     if (left > 0) memcpy(some, row + first, sizeof(T) * static_cast<size_t>(left));
@@ -67,15 +66,15 @@ PYRLHF_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 // W rows of the weight at a time, each a stream of its own, blocks of W by W turned in registers.
 template <typename Unit, typename T>
 PYRLHF_INLINE void pack_panel(const T* weight, int64_t stride, int64_t rows, int64_t k, Unit* panel) {
-    constexpr int64_t elements = W * per_unit<Unit>, bytes = elements * sizeof(T);
-    const int64_t depth = (k + per_unit<Unit> - 1) / per_unit<Unit>;
+    constexpr int64_t elements = W * elements_in<Unit>, bytes = elements * sizeof(T);
+    const int64_t depth = divide_up(k, elements_in<Unit>);
     for (int64_t n = 0; n < panel_columns; n += W)
         for (int64_t at = 0; at < depth; at += W) {
             vi block[W];
             for (int i = 0; i < W; ++i) {
                 const T* const row = weight + (n + i) * stride;
                 for (int64_t b = 0; b < bytes; b += line)
-                    prefetch(reinterpret_cast<const char*>(row + at * per_unit<Unit>) + 4 * bytes + b);
+                    prefetch(reinterpret_cast<const char*>(row + at * elements_in<Unit>) + 4 * bytes + b);
                 block[i] = n + i < rows ? units_of<Unit>(row, k, at) : vi{};
             }
             transpose(block);
@@ -87,7 +86,7 @@ PYRLHF_INLINE void pack_panel(const T* weight, int64_t stride, int64_t rows, int
 
 template <typename Unit, typename T>
 static void pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, Unit* panels, int threads) {
-    const int64_t depth = (k + per_unit<Unit> - 1) / per_unit<Unit>, count = (n + panel_columns - 1) / panel_columns;
+    const int64_t depth = divide_up(k, elements_in<Unit>), count = divide_up(n, panel_columns);
 #pragma omp parallel for schedule(static) num_threads(n* k < 32768 ? 1 : threads)
     for (int64_t p = 0; p < count; ++p) {
         const int64_t first = p * panel_columns;
@@ -108,8 +107,7 @@ struct Ahead {
 PYRLHF_INLINE Ahead ahead_of(const void* block, int64_t passes) {
     const char* const at = static_cast<const char*>(block) + 2 * block_units * unit_bytes;
     const char* const end = at + block_units * unit_bytes;
-    return passes == 1 ? Ahead{at, end, 1, unit_bytes}
-                       : Ahead{at, end, (unit_bytes / line + passes - 1) / passes, line};
+    return passes == 1 ? Ahead{at, end, 1, unit_bytes} : Ahead{at, end, divide_up(unit_bytes / line, passes), line};
 }
 PYRLHF_INLINE void ask(Ahead& ahead) {
     for (int64_t i = 0; i < ahead.burst && ahead.at < ahead.end; ++i, ahead.at += ahead.step) prefetch(ahead.at);
@@ -149,7 +147,7 @@ template <typename Unit>
 static void multiply_panel(float* sums, const Unit* x, int64_t x_stride, int64_t rows, const Unit* panel,
                            int64_t depth) {
     for (int64_t k = 0; k < depth; k += block_units) {
-        const int64_t units = depth - k < block_units ? depth - k : block_units;
+        const int64_t units = least(depth - k, block_units);
         const Unit* const block = panel + k * panel_columns;
         Ahead ahead = ahead_of(block, passes(rows));
         int64_t m = 0;
@@ -211,9 +209,9 @@ PYRLHF_INLINE void bias_of_panel(const PackedLinearArrays& in, int64_t first, in
 template <typename Unit, typename T>
 static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, T* y,
                    int threads) {
-    const int64_t depth = (shape.in_features + per_unit<Unit> - 1) / per_unit<Unit>;
-    const int64_t panels = (shape.out_features + panel_columns - 1) / panel_columns;
-    const int64_t blocks = (shape.rows + block_rows - 1) / block_rows;
+    const int64_t depth = divide_up(shape.in_features, elements_in<Unit>);
+    const int64_t panels = divide_up(shape.out_features, panel_columns);
+    const int64_t blocks = divide_up(shape.rows, block_rows);
     const Unit* const x = static_cast<const Unit*>(in.units ? in.units : in.x);
     const bool alone = panels * depth * (shape.rows + 8) < 65536;  // less work than waking the other threads
 #pragma omp parallel num_threads(alone ? 1 : threads)
@@ -231,9 +229,8 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
             const int64_t first = item / blocks * panel_columns, m = item % blocks * block_rows;
-            const int64_t columns =
-                shape.out_features - first < panel_columns ? shape.out_features - first : panel_columns;
-            const int64_t rows = shape.rows - m < block_rows ? shape.rows - m : block_rows;
+            const int64_t columns = least(shape.out_features - first, panel_columns);
+            const int64_t rows = least(shape.rows - m, block_rows);
             memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
             multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
                            depth);
