@@ -1,4 +1,4 @@
-"""sample on 32 rows of GPT-2's vocabulary, and on 16 with top-p, against torch's softmax, sort and multinomial as generation loops use them."""
+"""sample on 16 and 32 rows of GPT-2's vocabulary, against torch's softmax, sort and multinomial of generation loops."""
 
 from __future__ import annotations
 
