@@ -245,7 +245,7 @@ PYRLHF_INLINE void along_keys(float* sums, const Unit* rows_by_key, const Unit* 
         step = seen < keys.count ? least(2, queries.vectors - v) : queries.vectors - v;
         multiply<into>(sums + v * W, rows_by_key, weights + v * W, size.rows, step,
                        units<T>(most(0, least(keys.count, seen))), Strides{1, size.padded, query_block, query_block},
-                       factors + v * W);
+                       factors_from<into>(factors, v * W));
     }
 }
 

@@ -82,7 +82,8 @@ struct WriteShape {
     int64_t tokens, heads, dim_bytes, k_token, k_head, v_token, v_head;
 };
 
-// hidden [rows, dim], weight [vocab, dim], bias [vocab] or null, all of dtype; targets [rows] in 0..vocab-1.
+// hidden [rows, dim], weight [vocab, dim], bias [vocab] or null, all of dtype; targets [rows] in 0..vocab-1. dim and
+// vocab are at least 1.
 struct LinearLogprobInputs {
     const void *hidden, *weight, *bias;
     const int64_t* targets;
@@ -104,7 +105,7 @@ struct LinearLogprobGradients {
     void *hidden, *weight, *bias;
 };
 
-// Outputs that share a panel of a packed weight.
+// Outputs that share a panel of a packed weight. Panels begin on a cache line.
 constexpr int64_t panel_columns = 64;
 
 // The inputs of packed_linear. units: scratch for x in the dtype of the panels, rows of whole pairs; null where x

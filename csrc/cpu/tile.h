@@ -85,6 +85,12 @@ PYRLHF_INLINE void multiply_tile(vf (&c)[M][N], const Unit* a, const Unit* b, in
 // added to C times one factor a column.
 enum class Into { replace, add, scale_and_add };
 
+// The factors from a column on; null stays null where there are none.
+template <Into into>
+PYRLHF_INLINE const float* factors_from(const float* factors, int64_t column) {
+    return into == Into::scale_and_add ? factors + column : nullptr;
+}
+
 template <int M, int N, Into into, typename Unit>
 PYRLHF_INLINE void one_tile(float* c, const Unit* a, const Unit* b, int64_t depth, const Strides& at,
                             const float* factors) {
@@ -115,10 +121,11 @@ static void multiply(float* c, const Unit* a, const Unit* b, int64_t rows, int64
                      const Strides& at, const float* factors = nullptr) {
     const int64_t n = vectors - vectors % tile_vectors;
     for (int64_t i = 0; i < n; i += tile_vectors)
-        tile_column<tile_vectors, into>(c + i * W, a, b + i * W, rows, depth, at, factors + i * W);
-    if (vectors - n == 1) tile_column<1, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
-    if (vectors - n == 2) tile_column<2, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
-    if (vectors - n == 3) tile_column<3, into>(c + n * W, a, b + n * W, rows, depth, at, factors + n * W);
+        tile_column<tile_vectors, into>(c + i * W, a, b + i * W, rows, depth, at, factors_from<into>(factors, i * W));
+    const float* const last = factors_from<into>(factors, n * W);
+    if (vectors - n == 1) tile_column<1, into>(c + n * W, a, b + n * W, rows, depth, at, last);
+    if (vectors - n == 2) tile_column<2, into>(c + n * W, a, b + n * W, rows, depth, at, last);
+    if (vectors - n == 3) tile_column<3, into>(c + n * W, a, b + n * W, rows, depth, at, last);
 }
 
 }  // namespace PYRLHF_ISA

@@ -14,7 +14,7 @@ PYRLHF_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
         memcpy(&x, from + at, sizeof(x));
         memcpy(to + at, &x, sizeof(x));
     }
-    memcpy(to + at, from + at, static_cast<size_t>(bytes - at));
+    if (at < bytes) memcpy(to + at, from + at, static_cast<size_t>(bytes - at));  // nothing may be at null
 }
 
 }  // namespace
