@@ -1,10 +1,10 @@
 // Attention of one new token a row over the keys and values of its sequence in the paged cache.
 //
 // An item is one row, one chunk of `key_chunk` tokens and a range of key heads. Block by block it takes the heads in
-// turn, so that the cache is read in the order in which it lies, once, for all query heads that share a key head; while
-// one block is at work the next is fetched. The softmax is online; the chunks of a row are joined in order. Chunks and
-// blocks are counted from the start of the row's sequence, so a row's bits depend on its own length and tokens only.
-// Scores, probabilities and sums are float32; places past a row's end are never read.
+// turn, once for all query heads that share a key head; meanwhile the next block, of this item or the thread's next
+// one, is fetched line by line in the order in which it lies. The softmax is online; the chunks of a row are joined in
+// order. Chunks and blocks are counted from the start of the row's sequence, so a row's bits depend on its own length
+// and tokens only. Scores, probabilities and sums are float32; places past a row's end are never read.
 #include <cstdlib>
 
 #if defined(_OPENMP)
@@ -45,16 +45,17 @@ PYRLHF_INLINE void find_tokens(const Cache<T>& cache, int64_t first, int64_t cou
     }
 }
 
-template <typename T>
-PYRLHF_INLINE void prefetch_row(const T* row, int64_t dim) {
-    const char* bytes = reinterpret_cast<const char*>(row);
-    for (int64_t i = 0; i < dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
-}
-
 // 32-bit units: float, or two neighbouring bfloat16. `left` bytes are there, the rest becomes zero.
 PYRLHF_INLINE vi load_bytes(const char* p, int64_t left) {
     vi out = {};
-    memcpy(&out, p, left < static_cast<int64_t>(sizeof(out)) ? static_cast<size_t>(left) : sizeof(out));
+    if (left >= static_cast<int64_t>(sizeof(out)))
+        memcpy(&out, p, sizeof(out));
+    else
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+        out = (vi)_mm512_maskz_loadu_epi16((1u << (left / 2)) - 1, p);
+#else
+        memcpy(&out, p, static_cast<size_t>(left));
+#endif
     return out;
 }
 PYRLHF_INLINE vf multiply_units(vi a, vi b, vf c, const float*) { return multiply_add((vf)a, (vf)b, c); }
@@ -70,19 +71,40 @@ PYRLHF_INLINE vf sum_rows(vf (&rows)[W]) {
 
 template <typename T>
 PYRLHF_INLINE vf load_channels(const T* row, int64_t left) {
-    return left >= W ? load(row) : load_first(row, static_cast<int>(left), 0.0f);
+    return left >= W ? load(row) : load(row, Part{static_cast<int>(left)});
 }
 
-// One block of tokens, and the one after it.
+// Asks for the lines of a block's rows one after the other, a few at a time. Any address is fine: a prefetch does not
+// fault.
+struct Fetch {
+    const char* base;
+    const int64_t* offsets;  // of the rows, in bytes
+    int64_t rows, row_bytes, at_once;
+    int64_t row = 0, byte = 0;
+};
+PYRLHF_INLINE void ask(Fetch& fetch) {
+    for (int64_t i = 0; i < fetch.at_once && fetch.row < fetch.rows; ++i) {
+        __builtin_prefetch(fetch.base + fetch.offsets[fetch.row] + fetch.byte, 0, 2);
+        fetch.byte += 64;
+        if (fetch.byte >= fetch.row_bytes) fetch.byte = 0, ++fetch.row;
+    }
+}
+
+// The keys and values of the block that comes next.
+struct Ahead {
+    Fetch k, v;
+};
+
+// One block of tokens: where they lie, in elements.
 struct Block {
-    const int64_t *offsets, *next_offsets;
-    int64_t count, next_count;
+    const int64_t* offsets;
+    int64_t count;
 };
 
 // scores[h][j] = factor * q[h] . k[j]
 template <int H, typename T>
 PYRLHF_INLINE void score(const Cache<T>& cache, const Block& block, int64_t dim, const vi* q, int64_t q_row,
-                         float factor, float* scores) {
+                         float factor, float* scores, Fetch& ahead) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(T)), whole = bytes / static_cast<int64_t>(sizeof(vi));
     for (int64_t j = 0; j < block.count; j += W) {
         vf sums[H][W];
@@ -90,7 +112,7 @@ PYRLHF_INLINE void score(const Cache<T>& cache, const Block& block, int64_t dim,
             vf sum[H] = {};
             if (j + i < block.count) {
                 const char* row = reinterpret_cast<const char*>(cache.k + block.offsets[j + i]);
-                if (j + i < block.next_count) prefetch_row(cache.k + block.next_offsets[j + i], dim);
+                ask(ahead);
                 for (int64_t u = 0; u < whole; ++u) {
                     vi units;
                     memcpy(&units, row + u * static_cast<int64_t>(sizeof(vi)), sizeof(units));
@@ -134,7 +156,7 @@ PYRLHF_INLINE float soften(float* scores, int64_t count, float& highest, float& 
 // sums[h] = sums[h] * shrink[h] + sum over j of scores[h][j] * v[j]
 template <int H, typename T>
 PYRLHF_INLINE void gather_values(const Cache<T>& cache, const Block& block, int64_t dim, const float* scores,
-                                 const float* shrink, float* sums, int64_t sums_row) {
+                                 const float* shrink, float* sums, int64_t sums_row, Fetch& ahead) {
     for (int64_t d = 0; d < dim; d += tile_vectors * W) {
         const int64_t left = dim - d;
         vf total[H][tile_vectors];
@@ -142,7 +164,7 @@ PYRLHF_INLINE void gather_values(const Cache<T>& cache, const Block& block, int6
             for (int n = 0; n < tile_vectors; ++n) total[h][n] = load(sums + h * sums_row + d + n * W) * shrink[h];
         for (int64_t j = 0; j < block.count; ++j) {
             const T* row = cache.v + block.offsets[j] + d;
-            if (j < block.next_count && d == 0) prefetch_row(cache.v + block.next_offsets[j], dim);
+            if (d == 0) ask(ahead);
             vf values[tile_vectors];
             if (left >= tile_vectors * W)
                 for (int n = 0; n < tile_vectors; ++n) values[n] = load(row + n * W);
@@ -167,46 +189,82 @@ struct Work {
 
 template <int H, typename T>
 PYRLHF_INLINE void attend_heads(const Cache<T>& cache, const Block& block, int64_t dim, float factor, const Work& work,
-                                int64_t h) {
+                                int64_t h, Ahead& ahead) {
     float scores[most_heads * key_block], shrink[most_heads];
-    score<H>(cache, block, dim, work.q + h * work.q_row, work.q_row, factor, scores);
+    score<H>(cache, block, dim, work.q + h * work.q_row, work.q_row, factor, scores, ahead.k);
     for (int i = 0; i < H; ++i)
         shrink[i] = soften(scores + i * key_block, block.count, work.highest[h + i], work.total[h + i]);
-    gather_values<H>(cache, block, dim, scores, shrink, work.sums + h * work.sums_row, work.sums_row);
+    gather_values<H>(cache, block, dim, scores, shrink, work.sums + h * work.sums_row, work.sums_row, ahead.v);
 }
 
 template <typename T>
 PYRLHF_INLINE void attend_group(const Cache<T>& cache, const Block& block, int64_t group, int64_t dim, float factor,
-                                const Work& work, int64_t first) {
+                                const Work& work, int64_t first, Ahead& ahead) {
     for (int64_t h = 0; h < group; h += most_heads) {
-        // The next block is fetched once.
-        const Block now = {block.offsets, block.next_offsets, block.count, h == 0 ? block.next_count : 0};
-        if (group - h == 1) attend_heads<1>(cache, now, dim, factor, work, first + h);
-        if (group - h == 2) attend_heads<2>(cache, now, dim, factor, work, first + h);
-        if (group - h == 3) attend_heads<3>(cache, now, dim, factor, work, first + h);
-        if (group - h >= 4) attend_heads<4>(cache, now, dim, factor, work, first + h);
+        if (group - h == 1) attend_heads<1>(cache, block, dim, factor, work, first + h, ahead);
+        if (group - h == 2) attend_heads<2>(cache, block, dim, factor, work, first + h, ahead);
+        if (group - h == 3) attend_heads<3>(cache, block, dim, factor, work, first + h, ahead);
+        if (group - h >= 4) attend_heads<4>(cache, block, dim, factor, work, first + h, ahead);
     }
 }
 
-// Tokens [first, end) of a row against `kv_heads` key heads from the cache's start on.
+// Tokens [first, end) of one row, against some key heads from `cache` on. Without tokens it is nothing to do.
 template <typename T>
-PYRLHF_INLINE void attend_tokens(const Cache<T>& cache, int64_t first, int64_t end, int64_t kv_heads, int64_t group,
-                                 int64_t dim, float factor, const Work& work) {
-    int64_t offsets[2][key_block];
-    int64_t count = least(end - first, key_block - first % key_block);
-    find_tokens(cache, first, count, offsets[0]);
-    for (int64_t j = 0; j < count; ++j) {
-        prefetch_row(cache.k + offsets[0][j], kv_heads * dim);
-        prefetch_row(cache.v + offsets[0][j], kv_heads * dim);
-    }
-    for (int turn = 0; first < end; turn ^= 1) {
-        const int64_t next = first + count, next_count = least(end - next, key_block);
-        find_tokens(cache, next, next_count, offsets[turn ^ 1]);
-        const Block block = {offsets[turn], offsets[turn ^ 1], count, next_count};
+struct Item {
+    int64_t row, head;  // the first query head
+    int64_t partial;    // where its result goes
+    Cache<T> cache;
+    int64_t first, end;
+};
+
+// Blocks end at multiples of key_block.
+template <typename T>
+PYRLHF_INLINE int64_t block_length(const Item<T>& item, int64_t first) {
+    return least(item.end - first, key_block - first % key_block);
+}
+
+// Where the rows of a block lie in bytes, to be fetched during `passes` passes over a row of another.
+template <typename T>
+PYRLHF_INLINE Ahead ahead_of(const Cache<T>& cache, const int64_t* offsets, int64_t count, int64_t elements,
+                             int64_t passes, int64_t* bytes) {
+    const int64_t row_bytes = elements * static_cast<int64_t>(sizeof(T));
+    for (int64_t j = 0; j < count; ++j) bytes[j] = offsets[j] * static_cast<int64_t>(sizeof(T));
+    const int64_t at_once = (count * ((row_bytes + 63) / 64) + passes - 1) / passes;
+    return {{reinterpret_cast<const char*>(cache.k), bytes, count, row_bytes, at_once},
+            {reinterpret_cast<const char*>(cache.v), bytes, count, row_bytes, at_once}};
+}
+
+// Asks for the first block of an item at once.
+template <typename T>
+PYRLHF_INLINE void fetch_first(const Item<T>& item, int64_t elements) {
+    if (item.first >= item.end) return;
+    int64_t offsets[key_block], bytes[key_block];
+    const int64_t count = block_length(item, item.first);
+    find_tokens(item.cache, item.first, count, offsets);
+    Ahead ahead = ahead_of(item.cache, offsets, count, elements, 1, bytes);
+    ask(ahead.k);
+    ask(ahead.v);
+}
+
+template <typename T>
+PYRLHF_INLINE void attend_tokens(const Item<T>& item, const Item<T>& next, int64_t kv_heads, int64_t group, int64_t dim,
+                                 float factor, const Work& work) {
+    int64_t offsets[2][key_block], bytes[key_block];
+    int64_t first = item.first, count = block_length(item, first);
+    find_tokens(item.cache, first, count, offsets[0]);
+    for (int turn = 0; first < item.end; turn ^= 1) {
+        const bool last = first + count == item.end;
+        const Item<T>& source = last ? next : item;
+        const int64_t follows = last ? next.first : first + count;
+        const int64_t following = follows < source.end ? block_length(source, follows) : 0;
+        if (following) find_tokens(source.cache, follows, following, offsets[turn ^ 1]);
+        const int64_t passes = count * kv_heads * ((group + most_heads - 1) / most_heads);
+        Ahead ahead = ahead_of(source.cache, offsets[turn ^ 1], following, kv_heads * dim, passes, bytes);
         for (int64_t h = 0; h < kv_heads; ++h)
-            attend_group(cache.at_head(h * dim), block, group, dim, factor, work, h * group);
-        first = next;
-        count = next_count;
+            attend_group(item.cache.at_head(h * dim), {offsets[turn], count}, group, dim, factor, work, h * group,
+                         ahead);
+        first += count;
+        count = following;
     }
 }
 
@@ -262,6 +320,22 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
         }
         starts[shape.rows] = at;
         const float factor = shape.scale * log2_e;
+        int64_t taken = 0;
+        const auto take_item = [&]() PYRLHF_LAMBDA {
+            int64_t n;
+#pragma omp atomic capture
+            n = taken++;
+            if (n >= items * parts) return Item<T>{shape.rows, 0, 0, {}, 0, 0};
+            const int64_t at = n / parts, kv_head = n % parts * part, b = list[2 * at], c = list[2 * at + 1];
+            const Cache<T> cache = {k_cache, v_cache, page_table + b * shape.max_pages, shape.page_size,
+                                    shape.kv_heads * dim};
+            return Item<T>{b,
+                           kv_head * group,
+                           at * shape.heads + kv_head * group,
+                           cache.at_head(kv_head * dim),
+                           most(Chunks(seq_lens[b], shape.window).first_token, c * key_chunk),
+                           least(seq_lens[b], (c + 1) * key_chunk)};
+        };
 #pragma omp parallel num_threads(tokens* shape.heads* dim < 65536 ? 1 : threads)
         {
 #if defined(_OPENMP)
@@ -276,15 +350,13 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
             work.sums_row = sums_row;
             work.highest = work.sums + heads * sums_row;
             work.total = work.highest + heads;
-#pragma omp for schedule(dynamic)
-            for (int64_t item = 0; item < items * parts; ++item) {
-                const int64_t at = item / parts, kv_head = item % parts * part, head = kv_head * group;
-                const int64_t b = list[2 * at], c = list[2 * at + 1];
-                const Chunks chunks(seq_lens[b], shape.window);
-                const Cache<T> cache = {k_cache, v_cache, page_table + b * shape.max_pages, shape.page_size,
-                                        shape.kv_heads * dim};
+            Item<T> next = take_item();
+            fetch_first(next, part * dim);
+            while (next.row < shape.rows) {
+                const Item<T> item = next;
+                next = take_item();
                 for (int64_t h = 0; h < heads; ++h) {
-                    const T* from = q + b * shape.q_row + (head + h) * shape.q_head;
+                    const T* from = q + item.row * shape.q_row + (item.head + h) * shape.q_head;
                     for (int64_t u = 0; u < q_row; ++u) {
                         const int64_t done = u * static_cast<int64_t>(sizeof(vi));
                         work.q[h * q_row + u] = load_bytes(reinterpret_cast<const char*>(from) + done, bytes - done);
@@ -293,16 +365,16 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
                     work.total[h] = 0.0f;
                 }
                 memset(work.sums, 0, static_cast<size_t>(heads * sums_row) * sizeof(float));
-                attend_tokens(cache.at_head(kv_head * dim), most(chunks.first_token, c * key_chunk),
-                              least(seq_lens[b], (c + 1) * key_chunk), part, group, dim, factor, work);
+                attend_tokens(item, next, part, group, dim, factor, work);
                 for (int64_t h = 0; h < heads; ++h) {
-                    float* to = partials + (at * shape.heads + head + h) * partial;
+                    float* to = partials + (item.partial + h) * partial;
                     to[0] = work.highest[h];
                     to[1] = work.total[h];
                     memcpy(to + 2, work.sums + h * sums_row, static_cast<size_t>(sums_row) * sizeof(float));
                 }
             }
             // Joins the chunks of each row and head, in order.
+#pragma omp barrier
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < shape.rows * shape.heads; ++row) {
                 const int64_t b = row / shape.heads, head = row % shape.heads;
