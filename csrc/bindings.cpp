@@ -183,6 +183,12 @@ int64_t sample(address logits, int dtype, address ids, address positions, int64_
                         at<int64_t>(tokens), at<float>(logprobs), threads);
 }
 
+int64_t sampled_logprob(address logits, int dtype, address tokens, int64_t rows, int64_t vocab, int64_t row_stride,
+                        float inverse_temperature, address logprobs, int threads) {
+    return cpu().sampled_logprob(at<void>(logits), static_cast<DType>(dtype), at<int64_t>(tokens), inverse_temperature,
+                                 rows, vocab, row_stride, at<float>(logprobs), threads);
+}
+
 void transpose(address in, int dtype, int64_t rows, int64_t columns, int64_t row_stride, address out, address sums,
                int threads) {
     cpu().transpose(at<void>(in), static_cast<DType>(dtype), rows, columns, row_stride, at<void>(out), at<float>(sums),
@@ -235,6 +241,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("rms_norm_backward", &rms_norm_backward, released);
     m.def("rotary", &rotary, released);
     m.def("sample", &sample, released);
+    m.def("sampled_logprob", &sampled_logprob, released);
     m.def("transpose", &transpose, released);
     m.def("write_kv", &write_kv, released);
 #if defined(PYRLHF_CUDA)

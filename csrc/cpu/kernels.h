@@ -43,6 +43,8 @@
     KERNEL(sample, int64_t, (const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,            \
                              const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride,            \
                              int64_t* tokens, float* logprobs, int threads))                                           \
+    KERNEL(sampled_logprob, int64_t, (const void* logits, DType dtype, const int64_t* tokens, float inverse_temperature, \
+                                      int64_t rows, int64_t vocab, int64_t row_stride, float* logprobs, int threads))  \
     KERNEL(transpose, void, (const void* in, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, void* out, \
                              float* sums, int threads))                                                                \
     KERNEL(write_kv, void, (const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots,          \

@@ -227,19 +227,24 @@ PYRLHF_INLINE Cut find_cut(const Row<T>& row, const SampleOptions& options, Scra
     return cut;
 }
 
+// The weights that are kept among the tokens [first, first + chunk), added up.
+template <typename T>
+PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, const Cut& cut, int64_t first) {
+    const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
+    vi high = {}, low = {};
+    for (int64_t at = first; at < last; at += W) {
+        const Weights w = kept_weights(row, cut, at);
+        high += w.high;
+        low += w.low;
+    }
+    return total(high, low);
+}
+
 template <typename T>
 PYRLHF_INLINE int64_t sum_chunks(const Row<T>& row, const Cut& cut, int64_t* chunks) {
     int64_t sum_of_all = 0;
-    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c) {
-        const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
-        vi high = {}, low = {};
-        for (int64_t at = first; at < last; at += W) {
-            const Weights w = kept_weights(row, cut, at);
-            high += w.high;
-            low += w.low;
-        }
-        sum_of_all += chunks[c] = total(high, low);
-    }
+    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c)
+        sum_of_all += chunks[c] = chunk_mass(row, cut, first);
     return sum_of_all;
 }
 
@@ -277,6 +282,13 @@ PYRLHF_INLINE int64_t first_top(const Row<T>& row) {
         if (to_float(row.logits[i]) == row.top) return i;
 }
 
+// log(e^z / sum of e^z) as the sampler's exact weights have it.
+template <typename T>
+PYRLHF_INLINE float logprob_of(const Row<T>& row, int64_t token, int64_t mass) {
+    const float z = (to_float(row.logits[token]) - row.top) * row.inverse;
+    return static_cast<float>(static_cast<double>(z) - std::log(static_cast<double>(mass) * 0x1p-40));
+}
+
 template <typename T>
 PYRLHF_INLINE void sample_row(Row<T> row, const SampleOptions& options, uint64_t id, uint64_t position,
                               Scratch& scratch, int64_t& token, float& logprob) {
@@ -291,8 +303,7 @@ PYRLHF_INLINE void sample_row(Row<T> row, const SampleOptions& options, uint64_t
             static_cast<unsigned __int128>(keyed_bits62(options.seed, id, position)) * static_cast<uint64_t>(mass);
         token = token_at(row, cut, scratch.chunks, static_cast<int64_t>(product >> 62));
     }
-    const float z = (to_float(row.logits[token]) - row.top) * row.inverse;
-    logprob = static_cast<float>(static_cast<double>(z) - std::log(static_cast<double>(mass) * 0x1p-40));
+    logprob = logprob_of(row, token, mass);
 }
 
 template <typename T>
@@ -326,7 +337,36 @@ int64_t sample_rows(const T* logits, const int64_t* ids, const int64_t* position
     return first_bad == rows ? -1 : first_bad;
 }
 
+template <typename T>
+int64_t score_rows(const T* logits, const int64_t* tokens, float inverse, int64_t rows, int64_t vocab,
+                   int64_t row_stride, float* logprobs, int threads) {
+    int64_t first_bad = rows;
+    const bool alone = rows * vocab < 8192;
+#pragma omp parallel for schedule(static) num_threads(alone ? 1 : threads) reduction(min : first_bad)
+    for (int64_t b = 0; b < rows; ++b) {
+        Row<T> row = {logits + b * row_stride, vocab, 0.0f, 0.0f};
+        if (find_top(row)) {
+            row.inverse = inverse == 0.0f ? 1.0f : inverse;
+            int64_t mass = 0;
+            for (int64_t first = 0; first < vocab; first += chunk) mass += chunk_mass(row, Cut{}, first);
+            logprobs[b] = logprob_of(row, tokens[b], mass);
+        } else if (b < first_bad) {
+            first_bad = b;
+        }
+    }
+    return first_bad == rows ? -1 : first_bad;
+}
+
 }  // namespace
+
+int64_t sampled_logprob(const void* logits, DType dtype, const int64_t* tokens, float inverse_temperature,
+                        int64_t rows, int64_t vocab, int64_t row_stride, float* logprobs, int threads) {
+    if (dtype == DType::bfloat16)
+        return score_rows(static_cast<const bf16*>(logits), tokens, inverse_temperature, rows, vocab, row_stride,
+                          logprobs, threads);
+    return score_rows(static_cast<const float*>(logits), tokens, inverse_temperature, rows, vocab, row_stride, logprobs,
+                      threads);
+}
 
 int64_t sample(const void* logits, DType dtype, const int64_t* ids, const int64_t* positions,
                const SampleOptions& options, int64_t rows, int64_t vocab, int64_t row_stride, int64_t* tokens,

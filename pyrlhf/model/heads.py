@@ -15,14 +15,30 @@ from torch.nn import functional as F
 from pyrlhf import ops
 from pyrlhf.model import hf
 from pyrlhf.model.config import ModelConfig
-from pyrlhf.model.transformer import Attend, Linear, Norm, PackedAttention, Transformer
+from pyrlhf.model.transformer import (
+    Attend,
+    Linear,
+    Norm,
+    PackedAttention,
+    TokenwiseAttention,
+    Transformer,
+    carried,
+)
 
 StrPath = str | os.PathLike[str]
 Model = TypeVar("Model", bound="_Model")
 
 
+_LOGITS = 1 << 23  # logits that exist at a time where log-probs must be the sampler's own
+
+
 class LMHead(nn.Module):
-    """The output matrix (the token embedding itself when tied), with BERT's transform before it where configured."""
+    """The output matrix (the token embedding itself when tied), with BERT's transform before it where configured.
+
+    While it holds a packed copy of the matrix it multiplies by that, into float32 logits, as `Linear` does.
+    """
+
+    packed: ops.PackedWeight | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,8 +54,25 @@ class LMHead(nn.Module):
         if self.dense is not None and self.norm is not None:
             hidden = self.norm(ops.activation(self.dense(hidden), self.activation))
         if targets is None:
+            return self._logits(hidden)
+        logprobs, entropy = ops.linear_logprob(
+            hidden, self.weight, targets, bias=self.bias, temperature=temperature
+        )
+        if self.packed is not None:
+            logprobs = carried(self._sampled_logprobs(hidden.detach(), targets, temperature), logprobs)
+        return logprobs, entropy
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        if self.packed is None:
             return ops.linear(hidden, self.weight, self.bias)
-        return ops.linear_logprob(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
+        return ops.packed_linear(hidden.float(), self.packed, self.bias)
+
+    def _sampled_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """The log-probs that `ops.sample` would have given these targets, bit for bit; some rows' logits at a time."""
+        rows = max(1, _LOGITS // self.weight.shape[0])
+        pairs = zip(hidden.split(rows), targets.split(rows), strict=True)
+        found = [ops.sampled_logprob(self._logits(h), t, temperature=temperature) for h, t in pairs]
+        return torch.cat(found) if found else hidden.new_zeros(0, dtype=torch.float32)
 
 
 class ScalarHead(nn.Module):
@@ -75,6 +108,7 @@ class _Model(nn.Module):
     """What both models share: a config, a trunk, construction with seeded weights, folders in and out."""
 
     kind: str
+    tokenwise = False  # whole sequences are attended to as decoding would (`TokenwiseAttention`)
     source: Path | None = None  # the folder it was read from, for the tokenizer files that travel along
 
     def __init__(
@@ -129,7 +163,8 @@ class _Model(nn.Module):
         rows: Tensor | None,
         token_types: Tensor | None,
     ) -> Tensor:
-        hidden = self.trunk(tokens, positions, PackedAttention(cu_seqlens, prefix), token_types=token_types)
+        attend = TokenwiseAttention if self.tokenwise else PackedAttention
+        hidden = self.trunk(tokens, positions, attend(cu_seqlens, prefix), token_types=token_types)
         return hidden if rows is None else hidden[rows]
 
     @classmethod
@@ -218,7 +253,7 @@ class CausalLM(_Model):
         return self.trunk(tokens, positions, attend)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, hidden_size] -> [T, vocab_size], in hidden's dtype."""
+        """[T, hidden_size] -> [T, vocab_size], in hidden's dtype, or float32 while the head is packed."""
         return self.head(hidden)
 
 

@@ -18,6 +18,10 @@ from pyrlhf import ops
 from pyrlhf.model.config import ModelConfig
 
 
+_PAGE = 64  # tokens of TokenwiseAttention's pages
+_ROWS = 1024  # of which it attends to together: what bounds its memory
+
+
 class Attend(Protocol):
     """Attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. A cache stores k and v here."""
 
@@ -78,6 +82,64 @@ class PackedAttention:
         return self._unfolded
 
 
+class TokenwiseAttention(PackedAttention):
+    """An ``Attend`` over whole packed sequences whose every token gets, bit for bit, what decoding would have given it.
+
+    Keys and values are laid out as pages and each token looks back over them through `decode_attention`, as it would when
+    it is generated. The gradient is packed attention's.
+    """
+
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
+    ) -> Tensor:
+        value = self._look_back(q.detach(), k.detach(), v.detach(), window, scale)
+        if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            return value
+        return carried(value, super().__call__(layer, q, k, v, causal=causal, window=window, scale=scale))
+
+    def _look_back(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
+        index, own, cu_seqlens = self._whole_sequences(len(q))
+        lengths = cu_seqlens.diff().long()
+        pages = -(-lengths // _PAGE)  # of each sequence, which begins on a page of its own
+        first_page = pages.cumsum(0) - pages
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)
+        place = torch.arange(len(index), device=q.device) - cu_seqlens[:-1].long()[sequence]
+        shape = (int(pages.sum()), _PAGE, *k.shape[1:])
+        k_pages, v_pages = k.new_empty(shape), v.new_empty(shape)
+        ops.write_kv(k[index], v[index], k_pages, v_pages, first_page[sequence] * _PAGE + place)
+        table = first_page[:, None] + torch.arange(int(pages.max()), device=q.device)
+        table = table.clamp(max=shape[0] - 1).int()
+        sequence, seen = sequence[own], (place[own] + 1).int()
+        out = [
+            ops.decode_attention(q[a : a + _ROWS], k_pages, v_pages, table[sequence[a : a + _ROWS]], seen[a : a + _ROWS],
+                                 window=window, scale=scale)
+            for a in range(0, len(q), _ROWS)
+        ]  # fmt: skip
+        return torch.cat(out) if out else q
+
+    def _whole_sequences(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        if self.prefix is not None:
+            return self._unfold(self.prefix)
+        own = torch.arange(tokens, device=self.cu_seqlens.device)
+        return own, own, self.cu_seqlens
+
+
+class _Carried(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, grad
+
+
+def carried(value: Tensor, carrier: Tensor) -> Tensor:
+    """``value``, whose gradient goes to ``carrier``: the same quantity by kernels that can be differentiated."""
+    result: Tensor = _Carried.apply(value.detach(), carrier)  # type: ignore[no-untyped-call]
+    return result
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm; with ``residual`` also the sum x + residual that it normalised."""
 
@@ -105,10 +167,19 @@ class ResidualNorm(Norm):
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` at the CPU's full speed; an nn.Linear to whatever looks for one (LoRA, DeepSpeed)."""
+    """``nn.Linear`` at the CPU's full speed; an nn.Linear to whatever looks for one (LoRA, DeepSpeed).
+
+    While it holds a packed copy of its weight it multiplies by that: then a row's bits depend on no other row. The gradient
+    stays the weight's.
+    """
+
+    packed: ops.PackedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        if self.packed is None:
+            return ops.linear(x, self.weight, self.bias)
+        y = ops.packed_linear(x, self.packed, self.bias)
+        return carried(y, ops.linear(x, self.weight, self.bias)) if torch.is_grad_enabled() else y
 
 
 class Rotary(nn.Module):

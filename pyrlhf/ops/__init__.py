@@ -14,7 +14,7 @@ from pyrlhf.ops.ppo_loss import PPOLoss, PPOStats, ppo_loss, ppo_loss_ref
 from pyrlhf.ops.ranking_loss import RankingStats, ranking_loss, ranking_loss_ref
 from pyrlhf.ops.rms_norm import rms_norm, rms_norm_ref
 from pyrlhf.ops.rotary import rotary, rotary_ref
-from pyrlhf.ops.sample import sample, sample_ref
+from pyrlhf.ops.sample import sample, sample_ref, sampled_logprob, sampled_logprob_ref
 from pyrlhf.ops.write_kv import write_kv, write_kv_ref
 
 __all__ = [
@@ -49,6 +49,8 @@ __all__ = [
     "rotary_ref",
     "sample",
     "sample_ref",
+    "sampled_logprob",
+    "sampled_logprob_ref",
     "write_kv",
     "write_kv_ref",
 ]

@@ -98,17 +98,72 @@ def sample(
     return tokens, logprobs
 
 
+def sampled_logprob_ref(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """`sampled_logprob` in plain PyTorch. A bad row gives NaN."""
+    x = logits.float()
+    top = x.amax(1, keepdim=True)
+    bad = ~top.isfinite()[:, 0] | x.isnan().any(1)
+    z = (x - top) * (_inverse(temperature) or 1.0)
+    logprobs = z.gather(1, tokens[:, None]).double() - (_weigh(z).sum(1, keepdim=True).double() * 2.0**-40).log()
+    return logprobs[:, 0].float().masked_fill(bad, math.nan)
+
+
+def sampled_logprob(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """The log-prob that `sample` without filters gives ``tokens`` at these logits, the same bits.
+
+    logits: float32, bfloat16 (other floats are converted) ``[B, V]``; tokens: int64 ``[B]`` in 0..V-1. Returns float32 ``[B]``. Not
+    differentiable. Raises as `sample` does.
+    """
+    check_tensor("sampled_logprob", "logits", logits, shape=(None, None), dtype=_FLOATS)
+    rows, vocab = logits.shape
+    check_tensor("sampled_logprob", "tokens", tokens, shape=(rows,), dtype=torch.int64, device=logits.device)
+    if not 1 <= vocab <= _MAX_VOCAB:
+        raise ValueError(f"sampled_logprob: logits must have 1 to {_MAX_VOCAB} columns, found {vocab}")
+    _check_temperature("sampled_logprob", temperature)
+    logprobs: Tensor = _sampled_logprob_op(logits.detach(), tokens, temperature)
+    return logprobs
+
+
+def _sampled_logprob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    if tokens.numel() and values_readable(tokens):
+        low, high = (int(x) for x in torch.aminmax(tokens))
+        if low < 0 or high >= logits.shape[1]:
+            found = low if low < 0 else high
+            raise ValueError(f"sampled_logprob: tokens must be in [0, {logits.shape[1]}), found {found}")
+    if logits.dtype not in CORE_DTYPES:
+        logits = logits.float()
+    if not use_core(logits):
+        logprobs = sampled_logprob_ref(logits, tokens, temperature=temperature)
+        if values_readable(logprobs) and bool(logprobs.isnan().any()):
+            raise _bad_row(int(logprobs.isnan().nonzero()[0]), logits)
+        return logprobs
+    logits = logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
+    tokens = tokens.contiguous()
+    logprobs = tokens.new_empty(tokens.shape, dtype=torch.float32)
+    bad = core().sampled_logprob(
+        address(logits), CORE_DTYPES.index(logits.dtype), address(tokens), *logits.shape, logits.stride(0),
+        _inverse(temperature), address(logprobs), torch.get_num_threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        raise _bad_row(bad, logits)
+    return logprobs
+
+
 def _check_options(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     for name, value, limit in (("seed", seed, 2**63), ("top_k", top_k, 2**31)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"sample: {name} must be an int, found {type(value).__name__}")
         if not 0 <= value < limit:
             raise ValueError(f"sample: {name} must be in [0, {limit}), found {value}")
-    check_number("sample", "temperature", temperature, low=0.0, high=1e30)
-    if 0 < temperature < 1e-30:
-        raise ValueError(f"sample: temperature must be 0 (argmax) or at least 1e-30, found {temperature}")
+    _check_temperature("sample", temperature)
     check_number("sample", "top_p", top_p, low=0.0, high=1.0, low_open=True)
     check_number("sample", "min_p", min_p, low=0.0, high=1.0)
+
+
+def _check_temperature(op: str, temperature: float) -> None:
+    check_number(op, "temperature", temperature, low=0.0, high=1e30)
+    if 0 < temperature < 1e-30:
+        raise ValueError(f"{op}: temperature must be 0 (argmax) or at least 1e-30, found {temperature}")
 
 
 def _sample(
@@ -205,4 +260,9 @@ _op = define(
     "-> (Tensor, Tensor)",
     _sample,
     _fake,
+)
+_sampled_logprob_op = define(
+    "sampled_logprob(Tensor logits, Tensor tokens, float temperature) -> Tensor",
+    _sampled_logprob,
+    lambda logits, tokens, temperature: tokens.new_empty(tokens.shape, dtype=torch.float32),
 )

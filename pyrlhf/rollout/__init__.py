@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
-from pyrlhf.rollout.generator import Generator, Rollouts, Sampling
+from pyrlhf.rollout.generator import Finished, Generator, Rollouts, Sampling, Timings
+from pyrlhf.rollout.weights import DecodeWeights
 
-__all__ = ["Generator", "PagedCache", "PagedDecode", "PagedPrefill", "Rollouts", "Sampling"]
+__all__ = [
+    "DecodeWeights",
+    "Finished",
+    "Generator",
+    "PagedCache",
+    "PagedDecode",
+    "PagedPrefill",
+    "Rollouts",
+    "Sampling",
+    "Timings",
+]

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
+from pyrlhf.rollout.scheduler import Admission, Growth, Scheduler
+from pyrlhf.rollout.scheduler import Sequence as Sample
+from pyrlhf.rollout.weights import DecodeWeights, Gather
 
 if TYPE_CHECKING:
     from pyrlhf.model import CausalLM
+
+
+class Decodes(Protocol):
+    """What stop strings need of a tokenizer."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,9 @@ class Sampling:
         seed: together with the sample's id and the position it decides every draw.
         stop_ids: tokens that end a response besides the end-of-sequence token; they stay part of it.
         eos_id: end-of-sequence token; None takes the model's, -1 means none.
+        min_new_tokens: shortest response: until then nothing that ends it is drawn, and stop strings are not looked for.
+        stop_strings: texts that end a response once they occur in it; the generator needs a tokenizer for them.
+        banned_ids: tokens that are never drawn.
     """
 
     max_new_tokens: int = 64
@@ -40,10 +55,17 @@ class Sampling:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     eos_id: int | None = None
+    min_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, found {self.max_new_tokens}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens: expected 0 .. max_new_tokens ({self.max_new_tokens}), found {self.min_new_tokens}"
+            )
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature: expected a finite number >= 0, found {self.temperature}")
         if self.top_k < 0:
@@ -52,6 +74,61 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], found {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: expected a number in [0, 1], found {self.min_p}")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings: expected a tuple of texts that are not empty, found {self.stop_strings!r}")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What a call of `generate` did and took, in seconds.
+
+    Attributes:
+        refresh_seconds: writing the weights in decode layout.
+        refresh_bytes: size of that copy.
+        prefill_seconds: prompts, the first tokens, and what preempted sequences had to compute again.
+        decode_seconds: everything after the first tokens.
+        first_token_seconds: from the start to the first token of the last sample that got one.
+        steps: decode steps.
+        prompt_tokens: prompt tokens computed; a prompt shared by its samples counts once.
+        new_tokens: tokens drawn.
+        preemptions: sequences that had to make room.
+        peak_pages: most pages of the KV cache in use at once.
+        cache_bytes: size of the KV cache.
+    """
+
+    refresh_seconds: float = 0.0
+    refresh_bytes: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    preemptions: int = 0
+    peak_pages: int = 0
+    cache_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        seconds = self.refresh_seconds + self.prefill_seconds + self.decode_seconds
+        return self.new_tokens / seconds if seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One response that has ended.
+
+    Attributes:
+        index: prompt * n + sample.
+        tokens: the response, with the token that ended it.
+        logprobs: float32, one a token, under the distribution it was drawn from.
+        finish: "eos", "stop" or "length".
+    """
+
+    index: int
+    tokens: list[int]
+    logprobs: Tensor
+    finish: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +143,7 @@ class Rollouts:
             drawn from.
         finish: what ended each response: "eos", "stop" or "length". The token that ended it is its last one.
         sample_ids: int64 [S], the ids that keyed the draws.
+        timings: what it took.
     """
 
     tokens: Tensor
@@ -74,6 +152,7 @@ class Rollouts:
     logprobs: Tensor
     finish: list[str]
     sample_ids: Tensor
+    timings: Timings = field(default_factory=Timings)
 
     def __len__(self) -> int:
         return len(self.finish)
@@ -94,16 +173,21 @@ class Rollouts:
 class Generator:
     """Generates with a policy's own weights.
 
-    A sample depends on the weights, the seed, its id and its prompt. It does not depend on `max_batch`, `pages`, the order of
-    prompts or which others are in the batch, as far as a row of a matrix product does not depend on the number of rows: BLAS
-    libraries break that in the last bits, and a draw that falls on the edge between two tokens can then differ.
+    A sample depends on the weights, the seed, its id and its prompt, and on nothing else: not on `max_batch`, the cache's size,
+    preemption, the order of prompts or which others are in the batch. On the CPU that holds to the last bit. On CUDA the BLAS
+    library may round a row by the number of rows, so a draw that falls on the edge between two tokens can differ there.
 
     Args:
-        policy: a causal `CausalLM`; under ZeRO 3 use it inside `ZeroEngine.gathered`.
+        policy: a causal `CausalLM`.
         max_batch: sequences decoded together.
-        pages: size of the KV cache in pages; None gives `max_batch` sequences of the call room for their longest response.
+        pages: size of the KV cache in pages; None lets `cache_bytes` decide.
         page_size: tokens a page.
         prefill_tokens: prompt tokens of one forward (a longer prompt goes alone).
+        cache_bytes: bound on the KV cache, which never gets larger than `max_batch` of the call's longest samples need;
+            None takes half of the memory that is free.
+        tokenizer: for stop strings.
+        gather: makes sharded weights whole (`HybridEngine` passes it under ZeRO 3).
+        weights: packed weights to write again instead of making new ones.
     """
 
     def __init__(
@@ -114,6 +198,10 @@ class Generator:
         pages: int | None = None,
         page_size: int = 32,
         prefill_tokens: int = 8192,
+        cache_bytes: int | None = None,
+        tokenizer: Decodes | None = None,
+        gather: Gather | None = None,
+        weights: DecodeWeights | None = None,
     ) -> None:
         if max_batch < 1:
             raise ValueError(f"max_batch: expected at least 1, found {max_batch}")
@@ -121,15 +209,20 @@ class Generator:
             raise ValueError("policy: expected a causal model, found a bidirectional one; it cannot generate")
         self.policy = policy
         self.max_batch, self.pages, self.page_size = max_batch, pages, page_size
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens, self.cache_bytes = prefill_tokens, cache_bytes
+        self.tokenizer = tokenizer
+        self.weights = weights or DecodeWeights(policy)
+        self._gather = {} if gather is None else {"gather": gather}
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         n: int = 1,
         sample_ids: Sequence[int] | Tensor | None = None,
+        *,
+        on_finish: Callable[[Finished], None] | None = None,
+        progress: bool = False,
     ) -> Rollouts:
         """Draw n responses to each prompt.
 
@@ -138,20 +231,75 @@ class Generator:
             sampling: how to draw.
             n: samples a prompt.
             sample_ids: len(prompts) * n distinct numbers that key the draws; 0, 1, ... by default.
+            on_finish: is given each response the moment it ends.
+            progress: show a bar.
 
         Raises:
             ValueError: before any work, naming the prompt, if one is empty, too long or has an id outside the vocabulary, if the
-                cache is smaller than one sample, or if sample_ids is of another length.
+                cache is smaller than one sample, if a weight is not finite, or if sample_ids is of another length.
         """
+        run = self._begin(prompts, sampling, n, sample_ids)
+        with self._bar(len(run.sample_ids), progress) as advance:
+            for done in self._finished(run):
+                advance(done)
+                if on_finish is not None:
+                    on_finish(done)
+        return run.rollouts(self.weights)
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        sample_ids: Sequence[int] | Tensor | None = None,
+    ) -> Iterator[Finished]:
+        """The responses one by one, as they end. Arguments and errors as in `generate`; do not train before it is exhausted."""
+        return self._finished(self._begin(prompts, sampling, n, sample_ids))
+
+    def tokens(self, prompt: Sequence[int], sampling: Sampling, sample_id: int = 0) -> Iterator[int]:
+        """The tokens of one response, each the moment it is drawn."""
+        run = self._begin([prompt], sampling, 1, [sample_id])
+        told = 0
+        for _ in self._steps(run):
+            for column in range(told, run.columns):
+                yield int(run.tokens[0, column])
+            told = run.columns
+
+    def _begin(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, sample_ids: Sequence[int] | Tensor | None
+    ) -> _Run:
         ids = _sample_ids(sample_ids, len(prompts), n)
         self._check_prompts(prompts)
-        run = _Run(self, prompts, sampling, n, ids)
-        while run.waiting or run.live.samples.numel():
-            if run.can_admit():
-                run.prefill(run.admit())
-            else:
-                run.decode()
-        return run.rollouts()
+        self._check_sampling(sampling)
+        return _Run(self, prompts, sampling, n, ids)
+
+    def _finished(self, run: _Run) -> Iterator[Finished]:
+        for _ in self._steps(run):
+            yield from run.ended
+            run.ended = []
+
+    def _steps(self, run: _Run) -> Iterator[None]:
+        """Runs to the end, yielding after each prefill and each decode step."""
+        with _evaluating(self.policy), self.weights.in_use(**self._gather):
+            run.start()
+            while run.scheduler.unfinished:
+                with torch.no_grad():
+                    run.prefill()
+                yield
+                with torch.no_grad():
+                    run.decode()
+                yield
+
+    @contextlib.contextmanager
+    def _bar(self, samples: int, wanted: bool) -> Iterator[Callable[[Finished], None]]:
+        if not wanted:
+            yield lambda done: None
+            return
+        from pyrlhf.metrics import Progress
+
+        bar = Progress(samples, "sampling", "tok", 0, visible=True, outer=None)
+        with bar.running():
+            yield lambda done: bar.advance(1, tokens=len(done.tokens))
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         config = self.policy.config
@@ -166,6 +314,26 @@ class Generator:
             if low < 0 or high >= config.vocab_size:
                 found = low if low < 0 else high
                 raise ValueError(f"prompts[{p}]: expected ids in [0, {config.vocab_size}), found {found}")
+
+    def _check_sampling(self, sampling: Sampling) -> None:
+        vocab = self.policy.config.vocab_size
+        for token in sampling.banned_ids:
+            if not 0 <= token < vocab:
+                raise ValueError(f"banned_ids: expected ids in [0, {vocab}), found {token}")
+        if len(set(sampling.banned_ids)) == vocab:
+            raise ValueError(f"banned_ids: expected to leave at least one of the {vocab} tokens, found all of them")
+        if sampling.stop_strings and self.tokenizer is None:
+            raise ValueError("stop_strings: expected a tokenizer to read responses with; pass Generator(tokenizer=...)")
+
+
+@contextlib.contextmanager
+def _evaluating(policy: CausalLM) -> Iterator[None]:
+    training = policy.training
+    policy.eval()
+    try:
+        yield
+    finally:
+        policy.train(training)
 
 
 def _sample_ids(sample_ids: Sequence[int] | Tensor | None, prompts: int, n: int) -> Tensor:
@@ -186,12 +354,15 @@ class _Live:
     """The sequences being decoded, one row each, on the device."""
 
     samples: Tensor  # int64 [B], index into the run's outputs
+    ids: Tensor  # int64 [B], what keys their draws
     tokens: Tensor  # int64 [B], the last token, not yet in the cache
     positions: Tensor  # int64 [B], its position
+    columns: Tensor  # int64 [B], how many were drawn before it
+    last: Tensor  # int64 [B], the position of the last one that may be drawn
     table: Tensor  # int32 [B, max_pages]
 
     def keep(self, rows: Tensor) -> _Live:
-        return _Live(self.samples[rows], self.tokens[rows], self.positions[rows], self.table[rows])
+        return _Live(*(values[rows] for values in vars(self).values()))
 
     def join(self, other: _Live) -> _Live:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -205,104 +376,161 @@ class _Run:
         self, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, ids: Tensor
     ) -> None:
         config = generator.policy.config
-        weight = next(generator.policy.parameters())
-        self.generator, self.policy, self.sampling, self.n = generator, generator.policy, sampling, n
-        self.prompts, self.device = prompts, weight.device
-        self.sample_ids = ids.to(self.device)
-        lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64).repeat_interleave(n)
-        self.limits = (config.max_positions - lengths).clamp(max=sampling.max_new_tokens)
-        self.prompt_lengths = lengths
-        self.last_positions = (lengths + self.limits - 1).to(self.device)
-        self.cache = self._make_cache(weight.dtype)
-        self.max_pages = max((self._pages(s) for s in range(len(ids))), default=1)
+        self.generator, self.policy, self.sampling, self.n, self.prompts = generator, generator.policy, sampling, n, prompts
+        weight = self.policy.trunk.embed.tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.sample_ids = ids
+        self.prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64).repeat_interleave(n)
+        self.limits = (config.max_positions - self.prompt_lengths).clamp(max=sampling.max_new_tokens)
         self.eos = _eos_ids(self.policy, sampling)
         self.ends = torch.tensor([*self.eos, *sampling.stop_ids], dtype=torch.int64, device=self.device)
-        width = int(self.limits.max()) if len(ids) else 0
-        self.tokens = torch.zeros(len(ids), width, dtype=torch.int64, device=self.device)
-        self.logprobs = torch.zeros(len(ids), width, dtype=torch.float32, device=self.device)
+        self.banned = torch.tensor(sampling.banned_ids, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
-        self.starts = self.prompt_lengths.to(self.device)
-        self.waiting = list(range(len(ids) - 1, -1, -1))  # popped from the end, so samples enter in order
-        self.held: dict[int, list[int]] = {}
-        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
-        table = torch.zeros(0, self.max_pages, dtype=torch.int32, device=self.device)
-        self.live = _Live(empty, empty, empty, table)
+        self.reasons = [""] * len(ids)
+        self.ended: list[Finished] = []
+        self.columns = 0  # of the outputs that hold a token
+        self.begun = time.perf_counter()
+        self.seconds = {"prefill": 0.0, "decode": 0.0, "first_token": 0.0}
+        self.prompt_tokens = 0
+        self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
+        pairs = zip(self.prompt_lengths.tolist(), self.limits.tolist(), strict=True)
+        samples = [Sample(s, s // n, length, limit) for s, (length, limit) in enumerate(pairs)]
+        self.cache = self._make_cache(samples)
+        self.scheduler = Scheduler(self.cache.pages, samples, generator.max_batch, generator.prefill_tokens)
 
-    def _make_cache(self, dtype: torch.dtype) -> PagedCache:
-        """A cache for `max_batch` of the largest samples, unless the caller fixed its size."""
-        size = self.generator.page_size
-        needs = sorted((-(-int(t) // size) for t in self.prompt_lengths + self.limits - 1), reverse=True)
-        pages = self.generator.pages or max(1, sum(needs[: self.generator.max_batch]))
-        if needs and needs[0] > pages:
-            raise ValueError(
-                f"pages: expected at least {needs[0]} (of {size} tokens) for the longest sample, found {pages}"
-            )
-        return PagedCache(self.policy.config, pages, size, dtype, self.device)
+    def _make_cache(self, samples: list[Sample]) -> PagedCache:
+        """As many pages as the caller says, or as `max_batch` of the longest samples can use within the memory."""
+        generator, config = self.generator, self.policy.config
+        size = generator.page_size
+        pages = generator.pages
+        if pages is None:
+            needs = sorted((-(-sample.longest // size) + 1 for sample in samples), reverse=True)
+            bytes_of_page = PagedCache.page_bytes(config, size, self.dtype)
+            budget = _free_memory(self.device) // 2 if generator.cache_bytes is None else generator.cache_bytes
+            pages = max(1, min(sum(needs[: generator.max_batch]), budget // bytes_of_page))
+        return PagedCache(config, pages, size, self.dtype, self.device)
 
-    def _pages(self, sample: int) -> int:
-        """Pages for a whole sample; the last token is never stored."""
-        return self.cache.pages_for(int(self.prompt_lengths[sample] + self.limits[sample] - 1))
+    def start(self) -> None:
+        """Room for the outputs, and nobody live yet."""
+        width, count = int(self.limits.max()) if len(self.limits) else 0, len(self.sample_ids)
+        self.tokens = torch.zeros(count, width, dtype=torch.int64, device=self.device)
+        self.logprobs = torch.zeros(count, width, dtype=torch.float32, device=self.device)
+        needs = (self.cache.pages.needed(s.longest) for s in self.scheduler.waiting)
+        self.max_pages = max(needs, default=1)
+        self.live = self._rows([], [])
 
-    def can_admit(self) -> bool:
-        room = self.live.samples.numel() < self.generator.max_batch
-        return bool(self.waiting) and room and self._pages(self.waiting[-1]) <= self.cache.free_pages
+    # -- prefill ----------------------------------------------------------------------------------------------------------
 
-    def admit(self) -> list[int]:
-        """Waiting samples that fit the batch, the cache and one prefill, with their pages taken."""
-        admitted: list[int] = []
-        tokens, room = 0, self.generator.max_batch - self.live.samples.numel()
-        while self.waiting and len(admitted) < room:
-            sample = self.waiting[-1]
-            if not admitted or sample // self.n != admitted[-1] // self.n:
-                tokens += int(self.prompt_lengths[sample])
-            if self._pages(sample) > self.cache.free_pages or (admitted and tokens > self.generator.prefill_tokens):
+    def prefill(self) -> None:
+        """Let in what waits and fits: compute prompts, draw first tokens."""
+        begun = time.perf_counter()
+        while True:
+            admission = self.scheduler.admit()
+            if not (admission.resumed or admission.fresh):
                 break
-            self.held[sample] = self.cache.take(self._pages(sample))
-            admitted.append(self.waiting.pop())
-        return admitted
+            self._forward(admission)
+            if admission.resumed:
+                self.live = self.live.join(self._resumed(admission.resumed))
+            if admission.fresh:
+                self._draw_first(admission.fresh)
+            now = time.perf_counter()
+            self.seconds["first_token"] = now - self.begun if admission.fresh else self.seconds["first_token"]
+        self.seconds["prefill"] += time.perf_counter() - begun
 
-    def prefill(self, samples: list[int]) -> None:
-        """Run the prompts of newly admitted samples, once each, and draw the first tokens."""
-        prompts = sorted({s // self.n for s in samples})
-        tokens = torch.tensor([t for p in prompts for t in self.prompts[p]], device=self.device)
-        lengths = torch.tensor([len(self.prompts[p]) for p in prompts])
-        ends = lengths.cumsum(0)
+    def _forward(self, admission: Admission) -> None:
+        """Keys and values of new prompts and resumed sequences; the logits behind each new prompt."""
+        self.cache.copy_pages(admission.copies)
+        prompts = [self.prompts[s.prompt] for s in admission.prompts]
+        again = [self._drawn_before(s) for s in admission.resumed]
+        owners = admission.prompts + admission.resumed
+        starts = [0] * len(prompts) + [s.prompt_length for s in admission.resumed]
+        parts = [list(p) for p in prompts] + again
+        if not any(parts):
+            return
+        counts = torch.tensor([len(p) for p in parts])
+        positions = _aranges(counts) + torch.tensor(starts).repeat_interleave(counts)
+        tokens = torch.tensor([t for p in parts for t in p], device=self.device)
+        ends = torch.tensor([len(p) for p in prompts], dtype=torch.int64).cumsum(0)
         cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).int().to(self.device)
-        positions = _aranges(lengths).to(self.device)
-        which = {p: i for i, p in enumerate(prompts)}
-        rows = torch.tensor([which[s // self.n] for s in samples])
-        table = self._table(samples)
-        stored = lengths[rows]
-        at = _aranges(stored)
-        source = at + (ends - lengths)[rows].repeat_interleave(stored)
-        owner = torch.arange(len(samples)).repeat_interleave(stored).to(self.device)
-        slots = self.cache.slots(table[owner], at.to(self.device))
-        attend = PagedPrefill(self.cache, cu_seqlens, slots, source.to(self.device))
+        table = self._table(owners)[torch.arange(len(owners)).repeat_interleave(counts)]
+        positions = positions.to(self.device)
+        attend = PagedPrefill(self.cache, cu_seqlens, table, positions, tokenwise=self.policy.tokenwise)
         hidden = self.policy.decode(tokens, positions, attend)
-        logits = self.policy.logits(hidden[(ends - 1).to(self.device)])
-        which_sample = torch.tensor(samples, device=self.device)
-        new = _Live(which_sample, which_sample, self.starts[which_sample] - 1, table)
-        self.live = self.live.join(self._advance(new, logits[rows.to(self.device)]))
+        if prompts:
+            self._keep_logits(admission, hidden[(ends - 1).to(self.device)])
+            self.prompt_tokens += int(ends[-1])
 
-    def _table(self, samples: list[int]) -> Tensor:
+    def _keep_logits(self, admission: Admission, hidden: Tensor) -> None:
+        drawing = {s.prompt for s in admission.fresh}
+        rows = [i for i, s in enumerate(admission.prompts) if s.prompt in drawing]
+        if rows:
+            logits = self.policy.logits(hidden[rows])
+            self.first_logits |= {admission.prompts[i].prompt: row for i, row in zip(rows, logits, strict=True)}
+
+    def _drawn_before(self, sample: Sample) -> list[int]:
+        """All tokens of a preempted sequence but the last, which is not in the cache yet."""
+        drawn: list[int] = self.tokens[sample.index, : sample.drawn - 1].tolist()
+        return drawn
+
+    def _draw_first(self, fresh: list[Sample]) -> None:
+        logits = torch.stack([self.first_logits[s.prompt] for s in fresh])
+        held = self.scheduler.held
+        self.first_logits = {p: row for p, row in self.first_logits.items() if p in held}
+        new = self._rows(fresh, [-1] * len(fresh))
+        self.live = self.live.join(new)
+        self._advance(slice(len(self.live.samples) - len(fresh), None), fresh, logits)
+
+    def _resumed(self, samples: list[Sample]) -> _Live:
+        rows = self._rows(samples, [s.drawn - 1 for s in samples])
+        rows.tokens = self.tokens[rows.samples, rows.columns]
+        return rows
+
+    def _rows(self, samples: list[Sample], columns: list[int]) -> _Live:
+        """Rows for sequences whose last token is the columns-th drawn (-1: the prompt's last)."""
+        index = torch.tensor([s.index for s in samples], dtype=torch.int64)
+        lengths, column = self.prompt_lengths[index], torch.tensor(columns, dtype=torch.int64)
+        last = lengths + self.limits[index] - 1
+        placed = (x.to(self.device) for x in (index, self.sample_ids[index], index, lengths + column, column, last))
+        return _Live(*placed, self._table(samples))
+
+    def _table(self, samples: list[Sample]) -> Tensor:
         """Page table int32 [len(samples), max_pages]; rows are filled up with page 0, which is never read there."""
-        rows = [self.held[s] + [0] * (self.max_pages - len(self.held[s])) for s in samples]
-        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+        rows = [s.pages + [0] * (self.max_pages - len(s.pages)) for s in samples]
+        return torch.tensor(rows, dtype=torch.int32).view(len(samples), self.max_pages).to(self.device)
+
+    # -- decode -----------------------------------------------------------------------------------------------------------
 
     def decode(self) -> None:
         """One more token for every live sequence."""
-        live = self.live
-        attend = PagedDecode(self.cache, live.table, live.positions)
-        hidden = self.policy.decode(live.tokens, live.positions, attend)
-        self.live = self._advance(live, self.policy.logits(hidden))
+        begun = time.perf_counter()
+        before = list(self.scheduler.live)
+        growth = self.scheduler.grow()
+        if len(self.scheduler.live) < len(before):
+            self.live = self.live.keep(torch.tensor([i for i, s in enumerate(before) if s.live], device=self.device).long())
+        live = self.scheduler.live
+        if growth:
+            self._extend_tables(growth, live)
+        if live:
+            attend = PagedDecode(self.cache, self.live.table, self.live.positions)
+            hidden = self.policy.decode(self.live.tokens, self.live.positions, attend)
+            self.scheduler.stepped()
+            self._advance(slice(None), live, self.policy.logits(hidden))
+        self.seconds["decode"] += time.perf_counter() - begun
 
-    def _advance(self, live: _Live, logits: Tensor) -> _Live:
-        """Draw a token for each row, note it, and let go of the sequences that it ended."""
-        how = self.sampling
-        positions = live.positions + 1
+    def _extend_tables(self, growth: list[Growth], live: list[Sample]) -> None:
+        self.cache.copy_pages([(g.copy_of, g.page) for g in growth if g.copy_of is not None])
+        row = {s: i for i, s in enumerate(live)}
+        rows, places, pages = zip(*((row[g.sequence], g.place, g.page) for g in growth), strict=True)
+        at = tuple(torch.tensor(x, device=self.device) for x in (rows, places))
+        self.live.table[at] = torch.tensor(pages, dtype=torch.int32, device=self.device)
+
+    def _advance(self, where: slice, samples: list[Sample], logits: Tensor) -> None:
+        """Draw a token for these rows of the live ones, note it, and let go of the sequences that it ends."""
+        live, how = self.live, self.sampling
+        positions, columns = live.positions[where] + 1, live.columns[where] + 1
         tokens, logprobs = ops.sample(
-            logits,
-            self.sample_ids[live.samples],
+            self._masked(logits, columns),
+            live.ids[where],
             positions,
             seed=how.seed,
             temperature=how.temperature,
@@ -310,23 +538,60 @@ class _Run:
             top_p=how.top_p,
             min_p=how.min_p,
         )
-        column = positions - self.starts[live.samples]
-        self.tokens[live.samples, column] = tokens
-        self.logprobs[live.samples, column] = logprobs
-        ended = (tokens.unsqueeze(1) == self.ends).any(1) | (positions >= self.last_positions[live.samples])
-        live = _Live(live.samples, tokens, positions, live.table)
-        finished = ended.nonzero().squeeze(1)  # the step's one synchronisation
-        if finished.numel() == 0:
-            return live
-        self._retire(live.samples[finished].cpu(), column[finished].cpu())
-        return live.keep((~ended).nonzero().squeeze(1))
+        index = live.samples[where]
+        self.tokens[index, columns] = tokens
+        self.logprobs[index, columns] = logprobs
+        live.tokens[where], live.positions[where], live.columns[where] = tokens, positions, columns
+        if self.n == 1 and len(self.sample_ids) == 1:
+            self.columns = self.scheduler.drawn(samples[0])
+        ended = positions >= live.last[where]
+        if len(self.ends):
+            ended |= (tokens.unsqueeze(1) == self.ends).any(1)
+        if how.stop_strings:
+            ended |= self._stopped(samples, tokens, columns)
+        rows = ended.nonzero().squeeze(1)  # the step's one synchronisation
+        if rows.numel():
+            self._retire([samples[i] for i in rows.tolist()])
 
-    def _retire(self, samples: Tensor, column: Tensor) -> None:
-        self.lengths[samples] = column + 1
-        for sample in samples.tolist():
-            self.cache.give_back(self.held.pop(sample))
+    def _masked(self, logits: Tensor, columns: Tensor) -> Tensor:
+        """Logits without what must not be drawn; they are written to."""
+        if len(self.banned):
+            logits[:, self.banned] = -math.inf
+        if self.sampling.min_new_tokens and len(self.ends):
+            early = (columns < self.sampling.min_new_tokens - 1).nonzero()  # [b, 1]
+            own = self.ends[(self.ends >= 0) & (self.ends < logits.shape[1])]
+            logits[early, own] = -math.inf
+        return logits
 
-    def rollouts(self) -> Rollouts:
+    def _stopped(self, samples: list[Sample], tokens: Tensor, columns: Tensor) -> Tensor:
+        """bool [B]: a stop string has just been completed."""
+        tokenizer, strings = self.generator.tokenizer, self.sampling.stop_strings
+        assert tokenizer is not None
+        tail = 32 + 4 * max(map(len, strings))  # tokens; most hold several characters, some none
+        stopped = []
+        for sample, column in zip(samples, columns.tolist(), strict=True):
+            text = tokenizer.decode(self.tokens[sample.index, max(0, column + 1 - tail) : column + 1].tolist())
+            enough = column + 1 >= self.sampling.min_new_tokens
+            stopped.append(enough and any(string in text for string in strings))
+            if stopped[-1]:
+                self.reasons[sample.index] = "stop"
+        return torch.tensor(stopped, device=tokens.device)
+
+    def _retire(self, ended: list[Sample]) -> None:
+        before = list(self.scheduler.live)
+        self.scheduler.finish(ended)
+        self.live = self.live.keep(torch.tensor([i for i, s in enumerate(before) if s.live], device=self.device).long())
+        for sample in ended:
+            i, n = sample.index, sample.drawn
+            self.lengths[i] = n
+            tokens = self.tokens[i, :n].tolist()
+            reason = "eos" if tokens[-1] in self.eos else "stop" if tokens[-1] in self.sampling.stop_ids else ""
+            self.reasons[i] = reason or self.reasons[i] or "length"
+            self.ended.append(Finished(i, tokens, self.logprobs[i, :n].cpu(), self.reasons[i]))
+
+    # -- out --------------------------------------------------------------------------------------------------------------
+
+    def rollouts(self, weights: DecodeWeights) -> Rollouts:
         """Pack what has come out, in the order of the samples."""
         tokens, lengths = self.tokens.cpu(), self.lengths
         drawn = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
@@ -334,18 +599,35 @@ class _Run:
         for s in range(len(lengths)):
             pieces += [torch.tensor(self.prompts[s // self.n]), tokens[s, : lengths[s]]]
         cu_seqlens = torch.nn.functional.pad((self.prompt_lengths + lengths).cumsum(0), (1, 0)).int()
-        last = tokens[torch.arange(len(lengths)), lengths - 1].tolist()
         return Rollouts(
             tokens=torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.int64),
             cu_seqlens=cu_seqlens,
             prompt_lengths=self.prompt_lengths,
             logprobs=self.logprobs.cpu()[drawn],
-            finish=[self._reason(token) for token in last],
-            sample_ids=self.sample_ids.cpu(),
+            finish=self.reasons,
+            sample_ids=self.sample_ids,
+            timings=self._timings(weights),
         )
 
-    def _reason(self, last: int) -> str:
-        return "eos" if last in self.eos else "stop" if last in self.sampling.stop_ids else "length"
+    def _timings(self, weights: DecodeWeights) -> Timings:
+        cache = self.cache
+        return Timings(
+            refresh_seconds=weights.seconds,
+            refresh_bytes=weights.bytes,
+            prefill_seconds=self.seconds["prefill"],
+            decode_seconds=self.seconds["decode"],
+            first_token_seconds=self.seconds["first_token"],
+            steps=self.scheduler.step,
+            prompt_tokens=self.prompt_tokens,
+            new_tokens=int(self.lengths.sum()),
+            preemptions=self.scheduler.preemptions,
+            peak_pages=cache.pages.most_used,
+            cache_bytes=2 * cache.k.numel() * cache.k.element_size(),
+        )
+
+
+def _free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
 
 
 def _eos_ids(policy: CausalLM, sampling: Sampling) -> tuple[int, ...]:

@@ -190,7 +190,7 @@ def test_samples_do_not_depend_on_the_batch(how: dict[str, Any], caches: list[Pa
     assert responses(out) == responses(expected)
     assert out.finish == expected.finish
     torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
-    assert all(cache.free_pages == cache.pages for cache in caches)
+    assert all(cache.pages.free == cache.pages.count for cache in caches)
     assert len(caches) == 2
 
 
