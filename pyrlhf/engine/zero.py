@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -50,6 +50,9 @@ class EngineConfig:
         zero_stage: what is sharded over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.
         offload_optimizer: keep masters and moments in host memory (CUDA, ZeRO 1-3).
         tokens_per_microbatch: packed tokens of one forward; it changes memory and speed, never the result.
+        offload_during_rollout: move masters and moments to host memory while the policy generates (CUDA, ZeRO 1-3).
+        exact: the policy is trained by the kernels that sample, in the same order, so that both see the same log-probs bit for bit
+            (CPU, ZeRO 0-2). It takes longer.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -57,6 +60,8 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload_optimizer: bool = False
     tokens_per_microbatch: int = 8192
+    offload_during_rollout: bool = False
+    exact: bool = False
 
     def __post_init__(self) -> None:
         _expect("device", self.device, ("auto", "cpu", "cuda"))
@@ -64,8 +69,11 @@ class EngineConfig:
         _expect("zero_stage", self.zero_stage, (0, 1, 2, 3))
         if self.tokens_per_microbatch < 1:
             raise ValueError(f"tokens_per_microbatch: expected at least 1, found {self.tokens_per_microbatch}")
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3, found 0; raise zero_stage")
+        for name in ("offload_optimizer", "offload_during_rollout"):
+            if getattr(self, name) and self.zero_stage == 0:
+                raise ValueError(f"{name}: needs zero_stage 1, 2 or 3, found 0; raise zero_stage")
+        if self.exact and self.zero_stage == 3:
+            raise ValueError("exact: needs zero_stage 0, 1 or 2, found 3; ZeRO 3 has no weights to share between forwards")
 
     @property
     def device_type(self) -> str:
@@ -439,23 +447,26 @@ class ZeroEngine:
         return self._optimizer_config
 
     @contextlib.contextmanager
-    def gathered(self) -> Iterator[nn.Module]:
-        """The module with whole weights and free of DeepSpeed's hooks, in evaluation mode and without autograd: for generation.
+    def unhooked(self) -> Iterator[None]:
+        """The module runs free of DeepSpeed's hooks inside, which would gather and free each weight at its use (ZeRO 3)."""
+        with _without_hooks(self.module, self.sharded):
+            yield
 
-        Weights sharded by ZeRO 3 are gathered once, so ranks may run different numbers of forwards inside; all must enter and leave.
-        They must not be written to.
-        """
-        training = self.module.training
-        self.module.eval()
-        try:
-            with (
-                torch.no_grad(),
-                self._whole(list(self.module.parameters())),
-                _without_hooks(self.module, self.sharded),
-            ):
-                yield self.module
-        finally:
-            self.module.train(training)
+    @property
+    def trains(self) -> bool:
+        """Whether there is an optimizer."""
+        return self._optimizer_config is not None
+
+    def offload_states(self) -> None:
+        """ZeRO 1-3: move masters and moments to host memory, until `reload_states`."""
+        from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as States
+
+        pinned = self.world.device.type == "cuda"
+        self._engine.offload_states(include=[States.hp_params, States.optim_states], pin_memory=pinned)
+
+    def reload_states(self) -> None:
+        """Bring back what `offload_states` moved."""
+        self._engine.reload_states()
 
     @property
     def sharded(self) -> bool:
@@ -466,8 +477,8 @@ class ZeroEngine:
         """ZeRO 3: drop gathered weights, so that the next use gathers them from the shards again."""
         getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer).partition_all_parameters()
 
-    def _whole(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-        return _deepspeed().zero.GatheredParameters(parameters) if self.sharded else contextlib.nullcontext()
+    def _whole(self, parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+        return _deepspeed().zero.GatheredParameters(list(parameters)) if self.sharded else contextlib.nullcontext()
 
     @torch.no_grad()
     def full_state_dict(self) -> dict[str, torch.Tensor]:

@@ -49,6 +49,15 @@ class PagedCache:
         """Bytes of one page, all layers, keys and values."""
         return 2 * config.num_layers * page_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
+    @property
+    def bytes(self) -> int:
+        return 2 * self.k.numel() * self.k.element_size()
+
+    def serves(self, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it could be a cache of so many pages of this kind."""
+        fits = pages <= self.k.shape[1] and page_size == self.k.shape[2]
+        return fits and dtype == self.k.dtype and device == self.k.device
+
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to); no page is both."""
         if pairs:

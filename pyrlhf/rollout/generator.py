@@ -15,12 +15,15 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
-from pyrlhf.rollout.scheduler import Admission, Growth, Scheduler
+from pyrlhf.rollout.scheduler import Admission, Growth, Pages, Scheduler
 from pyrlhf.rollout.scheduler import Sequence as Sample
 from pyrlhf.rollout.weights import DecodeWeights, Gather
 
 if TYPE_CHECKING:
     from pyrlhf.model import CausalLM
+
+
+_KEPT = 1 << 30  # bytes of the largest KV cache that a generator keeps between calls
 
 
 class Decodes(Protocol):
@@ -213,6 +216,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.weights = weights or DecodeWeights(policy)
         self._gather = {} if gather is None else {"gather": gather}
+        self._cache: PagedCache | None = None  # of an earlier call, while nobody uses it
 
     def generate(
         self,
@@ -268,10 +272,24 @@ class Generator:
     def _begin(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, sample_ids: Sequence[int] | Tensor | None
     ) -> _Run:
-        ids = _sample_ids(sample_ids, len(prompts), n)
+        self.check(prompts, sampling, n, sample_ids)
+        return _Run(self, prompts, sampling, n, _sample_ids(sample_ids, len(prompts), n))
+
+    def check(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, sample_ids: Sequence[int] | Tensor | None = None
+    ) -> None:
+        """The errors of `generate` that can be told without doing anything."""
+        _sample_ids(sample_ids, len(prompts), n)
         self._check_prompts(prompts)
         self._check_sampling(sampling)
-        return _Run(self, prompts, sampling, n, ids)
+
+    def take_cache(self, pages: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+        """A cache of `pages` pages, all free: the one of the call before where it serves, as fresh memory is slow to touch."""
+        old, self._cache = self._cache, None
+        if old is not None and old.serves(pages, self.page_size, dtype, device):
+            old.pages = Pages(pages, self.page_size)
+            return old
+        return PagedCache(self.policy.config, pages, self.page_size, dtype, device)
 
     def _finished(self, run: _Run) -> Iterator[Finished]:
         for _ in self._steps(run):
@@ -289,6 +307,8 @@ class Generator:
                 with torch.no_grad():
                     run.decode()
                 yield
+        if run.cache.bytes <= _KEPT:
+            self._cache = run.cache
 
     @contextlib.contextmanager
     def _bar(self, samples: int, wanted: bool) -> Iterator[Callable[[Finished], None]]:
@@ -408,7 +428,7 @@ class _Run:
             bytes_of_page = PagedCache.page_bytes(config, size, self.dtype)
             budget = _free_memory(self.device) // 2 if generator.cache_bytes is None else generator.cache_bytes
             pages = max(1, min(sum(needs[: generator.max_batch]), budget // bytes_of_page))
-        return PagedCache(config, pages, size, self.dtype, self.device)
+        return generator.take_cache(pages, self.dtype, self.device)
 
     def start(self) -> None:
         """Room for the outputs, and nobody live yet."""
@@ -622,7 +642,7 @@ class _Run:
             new_tokens=int(self.lengths.sum()),
             preemptions=self.scheduler.preemptions,
             peak_pages=cache.pages.most_used,
-            cache_bytes=2 * cache.k.numel() * cache.k.element_size(),
+            cache_bytes=cache.bytes,
         )
 
 

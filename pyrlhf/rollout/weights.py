@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from pyrlhf import ops
@@ -37,14 +36,15 @@ class DecodeWeights:
 
     Args:
         policy: the model whose layers generate.
+        kept: the copies stay in use after `in_use`, for training by the kernels that sample.
 
     Attributes:
         seconds: what the last `in_use` took to write them.
         bytes: their size.
     """
 
-    def __init__(self, policy: CausalLM) -> None:
-        self._policy = policy
+    def __init__(self, policy: CausalLM, *, kept: bool = False) -> None:
+        self._policy, self._kept = policy, kept
         self._packed: dict[nn.Module, ops.PackedWeight] = {}
         self.seconds, self.bytes = 0.0, 0
 
@@ -75,7 +75,7 @@ class DecodeWeights:
             yield
 
     def attach(self) -> None:
-        """Write the copies anew and leave them in use until the next `attach` (for training by the same kernels)."""
+        """Write the copies anew and leave them in use."""
         for layer, _ in self._layers():
             self._pack(layer)
 
@@ -101,12 +101,12 @@ class DecodeWeights:
             _check_finite(parameter, self._policy)
 
     def _detach(self) -> None:
-        for layer in self._packed:
+        for layer in () if self._kept else self._packed:
             layer.packed = None  # type: ignore[assignment]
 
 
 def _check_finite(weight: Tensor, policy: nn.Module) -> None:
-    if bool(weight.detach().sum(dtype=torch.float32).isfinite()):
+    if bool(weight.detach().sum().isfinite()):  # in half the time of isfinite().all(): memory's speed
         return
     name = next((name for name, p in policy.named_parameters() if p is weight), "a weight")
     raise ValueError(f"policy: expected finite weights, found NaN or infinity in {name}; go back to a checkpoint")

@@ -372,7 +372,8 @@ def train_ppo(
         n, first_id = config.samples_per_prompt, k * config.batch_size
         responses = respond(actors.policy, asked, actors.sampling, n=n, first_id=first_id)
         watch.lap("rollout", responses.tokens)
-        numbers = {"response_length": responses.tokens / len(responses), "eos_rate": responses.eos_rate}
+        numbers = actors.policy.report()
+        numbers |= {"response_length": responses.tokens / len(responses), "eos_rate": responses.eos_rate}
         numbers["kl_coef"] = state["kl_coef"]
         if config.truncated == "drop":
             sampled, responses = responses.tokens, finished(responses)
