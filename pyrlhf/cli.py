@@ -136,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         _recipe_options(one, stage)
         one.set_defaults(stage=stage)
     _generate_options(_command(commands, "generate", _generate, "sample answers from a model"))
+    _chat_options(_command(commands, "chat", _chat, "talk to a model"))
     _eval_options(_command(commands, "eval", _none, "win rate, reward-model accuracy, perplexity"))
     demo = _command(commands, "demo", _demo, "the whole pipeline on an embedded task, a few minutes on a laptop")
     demo.add_argument(
@@ -195,7 +196,16 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="JSONL file to write (default: the terminal)")
     parser.add_argument("-n", type=int, default=1, help="answers to each prompt (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="use only the first prompts")
+    parser.add_argument("--fresh", action="store_true", help="begin anew where an interrupted run could go on")
     _sampling_options(parser)
+    _device_options(parser)
+
+
+def _chat_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of a language model")
+    parser.add_argument("--system", default="", help="text of a first turn by `system`")
+    _sampling_options(parser)
+    parser.set_defaults(max_new_tokens=512)
     _device_options(parser)
 
 
@@ -209,6 +219,12 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="0 is off (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 is off (default: %(default)s)")
     parser.add_argument("--min-p", type=float, default=0.0, help="0 is off (default: %(default)s)")
+    parser.add_argument(
+        "--min-new-tokens", type=int, default=0, help="shortest answer in tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], help="a text that ends an answer; may be given again"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -292,14 +308,27 @@ def _logged(log: Path, debug: bool, work: Callable[[], object]) -> None:
 
 
 def _generate(args: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from pyrlhf.terminal import quiet
+    from pyrlhf.terminal import out, quiet
 
     with quiet(None if args.debug else Path(os.devnull)):
         from pyrlhf.commands import generate
 
-        lines = generate(args)
-    if args.output is None:
-        sys.stdout.writelines(lines)
+        for line in generate(args):
+            out().write(line)
+            out().flush()
+    return OK
+
+
+def _chat(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from pyrlhf.terminal import out, quiet
+
+    with quiet(None if args.debug else Path(os.devnull)):
+        from pyrlhf.chat import HELP, converse
+        from pyrlhf.commands import chat
+
+        opened = chat(args)
+        out().write(f"{HELP}\n")
+        converse(opened, sys.stdin, out())
     return OK
 
 

@@ -1,17 +1,20 @@
-"""What ``pyrlhf generate`` and ``pyrlhf eval`` do."""
+"""What ``pyrlhf generate``, ``pyrlhf chat`` and ``pyrlhf eval`` do."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyrlhf.chat import Chat, open_chat
 from pyrlhf.data import (
     DataConfig,
     EncodedPrompt,
@@ -27,8 +30,16 @@ from pyrlhf.data import (
     text_blocks,
 )
 from pyrlhf.engine import EngineConfig
-from pyrlhf.evaluate import perplexity, prompt_text, reward_accuracy, sample_answers, score_rankings, win_rate
-from pyrlhf.metrics import read_lines
+from pyrlhf.evaluate import (
+    answer_row,
+    perplexity,
+    prompt_text,
+    reward_accuracy,
+    sample_answers,
+    score_rankings,
+    win_rate,
+)
+from pyrlhf.metrics import Progress, read_lines
 from pyrlhf.model import CausalLM, ScalarModel
 from pyrlhf.rollout import Generator, Sampling
 from pyrlhf.rounds import load_labeller
@@ -38,18 +49,92 @@ from pyrlhf.terminal import say
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def generate(args: argparse.Namespace) -> list[str]:
-    """One JSON line a prompt; written to ``args.output`` if that is given."""
-    tokenizer = Tokenizer.from_pretrained(_folder(args.model))
+def generate(args: argparse.Namespace) -> Iterator[str]:
+    """One JSON line a prompt, in the prompts' order, each as soon as it and those before it are answered."""
+    policy, tokenizer = load_policy(args, args.model)
     prompts = _prompts(args, tokenizer)
-    lines = [
-        json.dumps(row, ensure_ascii=False) + "\n" for row in _answers(args, args.model, tokenizer, prompts, args.n)
-    ]
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text("".join(lines), encoding="utf-8")
-        say(f"{len(lines)} prompts answered in {args.output}")
-    return lines
+    generator = Generator(policy, max_batch=args.batch_size * args.n, tokenizer=tokenizer)
+    sampling = sampling_of(args)
+    if args.output is None:
+        return _answer_lines(generator, tokenizer, prompts, sampling, args.n, done=0)
+    settings = {"model": str(args.model.resolve()), "prompts": _digest(prompts), "n": args.n, "dtype": args.dtype}
+    done = _resume(args.output, settings | asdict(sampling), fresh=args.fresh)
+    lines = _answer_lines(generator, tokenizer, prompts, sampling, args.n, done=done)
+    _write_lines(args.output, lines, total=len(prompts), done=done)
+    say(f"{len(prompts)} prompts answered in {args.output}")
+    return iter(())
+
+
+def chat(args: argparse.Namespace) -> Chat:
+    """The conversation that the terminal then holds."""
+    return open_chat(args, sampling_of(args))
+
+
+def _answer_lines(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    sampling: Sampling,
+    n: int,
+    *,
+    done: int,
+) -> Iterator[str]:
+    """The lines of prompts[done:]. A prompt's answers have the same sample ids whether or not the run was interrupted."""
+    asked = [p.prompt for p in prompts[done:]]
+    ids = list(range(done * n, len(prompts) * n))
+    answers: dict[int, dict[int, tuple[str, str]]] = {}
+    following = 0
+    for finished in generator.stream(asked, sampling, n=n, sample_ids=ids):
+        p, i = divmod(finished.index, n)
+        answers.setdefault(p, {})[i] = tokenizer.decode_response(asked[p], finished.tokens), finished.finish
+        while len(answers.get(following, ())) == n:
+            own = [answers[following][i] for i in range(n)]
+            row = answer_row(prompts[done + following].record.prompt, own)
+            yield json.dumps(row if n > 1 else _single(row), ensure_ascii=False) + "\n"
+            del answers[following]
+            following += 1
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _resume(output: Path, settings: Mapping[str, Any], *, fresh: bool) -> int:
+    """How many prompts an interrupted run with the same settings has answered; its file begins with them."""
+    partial = _partial(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    said = json.loads(json.dumps(settings))
+    kept = [] if fresh else read_lines(partial)
+    if not kept:
+        partial.write_text(json.dumps({"settings": said}) + "\n", encoding="utf-8")
+        return 0
+    before = kept[0].get("settings", {})
+    changed = [f"{key} {before.get(key)!r} -> {value!r}" for key, value in said.items() if before.get(key) != value]
+    if changed:
+        raise SettingsError(
+            f"{partial} holds answers of an interrupted run with other settings ({', '.join(changed)}); use those, or --fresh"
+        )
+    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)  # without a line that was torn
+    partial.write_text(whole, encoding="utf-8")
+    return len(kept) - 1
+
+
+def _write_lines(output: Path, lines: Iterator[str], *, total: int, done: int) -> None:
+    """Append to the partial file line by line, and make it the output in one move at the end."""
+    partial = _partial(output)
+    bar = Progress(total, "answering", "tok", done, visible=True, outer=None)
+    with bar.running(), partial.open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(line)
+            file.flush()
+            bar.advance(1)
+    settings, _, answers = partial.read_text(encoding="utf-8").partition("\n")
+    partial.write_text(answers, encoding="utf-8")
+    os.replace(partial, output)
+
+
+def _digest(prompts: Sequence[EncodedPrompt]) -> str:
+    return hashlib.sha256(json.dumps([p.prompt for p in prompts]).encode()).hexdigest()[:16]
 
 
 def evaluate(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
@@ -104,7 +189,7 @@ def _samples(args: argparse.Namespace, source: Path) -> list[dict[str, str]]:
     """Rows {prompt, response}: of a JSONL file, or drawn from the model in a folder."""
     if source.is_dir():
         tokenizer = Tokenizer.from_pretrained(source)
-        rows = _answers(args, source, tokenizer, _prompts(args, tokenizer), 1)
+        rows = _answers(args, source, tokenizer, _prompts(args, tokenizer))
         return [{"prompt": prompt_text(row, tokenizer), "response": row["response"]} for row in rows]
     if not source.exists():
         raise SettingsError(f"{source}: no such file or folder")
@@ -139,14 +224,35 @@ def _model_scores(args: argparse.Namespace) -> Any:
 
 
 def _answers(
-    args: argparse.Namespace, model: Path, tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], n: int
+    args: argparse.Namespace, model: Path, tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt]
 ) -> list[dict[str, Any]]:
-    """{prompt | messages, response, finish} a row; {..., responses} with n > 1."""
-    policy = CausalLM.from_pretrained(_folder(model), dtype=DTYPES[args.dtype], device=_device(args))
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    generator = Generator(policy, max_batch=args.batch_size * n)
-    rows = sample_answers(generator.generate, tokenizer, prompts, sampling, n=n)
-    return rows if n > 1 else [_single(row) for row in rows]
+    """{prompt | messages, response, finish} a row."""
+    policy, _ = load_policy(args, model)
+    generator = Generator(policy, max_batch=args.batch_size)
+    return [_single(row) for row in sample_answers(generator.generate, tokenizer, prompts, sampling_of(args))]
+
+
+def load_policy(args: argparse.Namespace, model: Path) -> tuple[CausalLM, Tokenizer]:
+    """The language model in a folder, on the device and in the dtype asked for, and its tokenizer."""
+    tokenizer = Tokenizer.from_pretrained(_folder(model))
+    return CausalLM.from_pretrained(model, dtype=DTYPES[args.dtype], device=_device(args)), tokenizer
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """What the command line says about drawing."""
+    try:
+        return Sampling(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            seed=args.seed,
+            min_new_tokens=args.min_new_tokens,
+            stop_strings=tuple(args.stop),
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
 
 
 def _single(row: dict[str, Any]) -> dict[str, Any]:
@@ -176,4 +282,4 @@ def _device(args: argparse.Namespace) -> str:
     return EngineConfig(device=args.device).device_type
 
 
-__all__ = ["evaluate", "generate", "lines"]
+__all__ = ["chat", "evaluate", "generate", "lines", "load_policy"]

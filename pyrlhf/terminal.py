@@ -28,12 +28,17 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def out() -> IO[str]:
+    """The terminal's stdout, also while ``quiet`` holds the descriptors."""
+    return _stream or sys.stdout
+
+
 def console() -> Console:
     """The one console that everything is printed through, so that tables and notes appear above a live bar."""
     global _console
     from rich.console import Console
 
-    stream = _stream or sys.stdout
+    stream = out()
     if _console is None or _console[0] is not stream:
         width = None if stream.isatty() else 120
         _console = (stream, Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=width))

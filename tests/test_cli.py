@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -272,7 +273,9 @@ def test_generate_to_a_file(models: Path, tmp_path: Path, capsys: pytest.Capture
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [len(row["responses"]) for row in rows] == [3, 3, 3]
     assert rows[2]["messages"] == [{"role": "user", "content": "hello"}]
-    assert capsys.readouterr().out == f"3 prompts answered in {out}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("answering 3/3")
+    assert said[1:] == [f"3 prompts answered in {out}"]
 
 
 def test_generate_needs_prompts_and_a_model(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -336,3 +339,56 @@ def test_eval_winrate_of_models_by_a_reward_model(models: Path, capsys: pytest.C
     words = ["eval", "winrate", str(models / "lm"), str(models / "lm"), "--reward-model", str(models / "rm")]
     found = numbers([*words, "--prompts", str(models / "prompts.jsonl"), "--max-new-tokens", "6"], capsys)
     assert (found["win rate of a"], found["ties"]) == (0.5, 3)  # the same model, seed and prompts
+
+
+def test_generate_goes_on_where_it_was_interrupted(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies after two prompts, with half a line written, is continued to the same file as one that does not."""
+    from pyrlhf import commands
+
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    words = ["generate", str(models / "lm"), "--prompts", str(models / "prompts.jsonl"), "-n", "2", "--max-new-tokens", "6"]
+    assert cli.main([*words, "--output", str(tmp_path / "whole.jsonl")]) == 0
+    answered = commands._answer_lines
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        lines = answered(*args, **kwargs)
+        yield next(lines)
+        yield next(lines)
+        raise RuntimeError("the power went")
+
+    monkeypatch.setattr(commands, "_answer_lines", dies)
+    assert cli.main([*words, "--output", str(out)]) == 1
+    monkeypatch.setattr(commands, "_answer_lines", answered)
+    assert not out.exists()
+    with partial.open("a") as file:
+        file.write('{"prompt": "the d')
+    assert cli.main([*words, "--output", str(out), "--temperature", "0.5"]) == 2
+    assert "temperature 1.0 -> 0.5" in capsys.readouterr().err
+    assert cli.main([*words, "--output", str(out)]) == 0
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not partial.exists()
+
+
+def test_generate_fresh_forgets_an_interrupted_run(models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    (tmp_path / "out.jsonl.partial").write_text('{"settings": {}}\n{"prompt": "x"}\n')
+    words = ["generate", str(models / "lm"), "--prompt", "the", "--max-new-tokens", "3", "--output", str(out), "--fresh"]
+    assert cli.main(words) == 0
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["the"]
+
+
+def test_generate_names_a_wrong_sampling_option(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", str(models / "lm"), "--prompt", "the", "--top-p", "0"]
+    assert cli.main(words) == 2
+    assert "top_p: expected" in capsys.readouterr().err
+
+
+def test_chat_answers_line_by_line(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["chat", str(models / "lm"), "--max-new-tokens", "8", "--seed", "3"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/help\n/reset\nhello\n"))
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("> ") == 6
+    assert said.count("/reset begins") == 2

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t block_rows = 64;                 // of x, whose sums lie in the first-level cache
 constexpr int64_t block_units = 32;                // of k: 8 KB of a panel
+constexpr int64_t group_bytes = 1 << 19;           // of x
 constexpr int64_t line = 64;                       // bytes
 constexpr int64_t unit_bytes = 4 * panel_columns;  // of a panel, one unit of k
 
@@ -211,7 +212,8 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
                    int threads) {
     const int64_t depth = divide_up(shape.in_features, elements_in<Unit>);
     const int64_t panels = divide_up(shape.out_features, panel_columns);
-    const int64_t blocks = divide_up(shape.rows, block_rows);
+    // Rows that pass over all panels before the next ones do: few enough for the second-level cache to hold them.
+    const int64_t group = most(1, group_bytes / (4 * block_rows * most(depth, 1))) * block_rows;
     const Unit* const x = static_cast<const Unit*>(in.units ? in.units : in.x);
     const bool alone = panels * depth * (shape.rows + 8) < 65536;  // less work than waking the other threads
 #pragma omp parallel num_threads(alone ? 1 : threads)
@@ -226,16 +228,19 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
             }
         }
         float sums[block_rows * panel_columns], bias[panel_columns];
-#pragma omp for schedule(static)
-        for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
-            const int64_t first = item / blocks * panel_columns, m = item % blocks * block_rows;
-            const int64_t columns = least(shape.out_features - first, panel_columns);
-            const int64_t rows = least(shape.rows - m, block_rows);
-            memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
-            multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
-                           depth);
-            bias_of_panel(in, first, columns, bias);
-            finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
+        for (int64_t from = 0; from < shape.rows; from += group) {
+            const int64_t blocks = divide_up(least(shape.rows - from, group), block_rows);
+#pragma omp for schedule(static) nowait
+            for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
+                const int64_t first = item / blocks * panel_columns, m = from + item % blocks * block_rows;
+                const int64_t columns = least(shape.out_features - first, panel_columns);
+                const int64_t rows = least(shape.rows - m, block_rows);
+                memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
+                multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
+                               depth);
+                bias_of_panel(in, first, columns, bias);
+                finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
+            }
         }
     }
 }

@@ -2,13 +2,14 @@
 
 from pyrlhf.evaluate.accuracy import Accuracy, reward_accuracy, score_rankings
 from pyrlhf.evaluate.perplexity import Perplexity, perplexity
-from pyrlhf.evaluate.samples import prompt_part, prompt_text, sample_answers
+from pyrlhf.evaluate.samples import answer_row, prompt_part, prompt_text, sample_answers
 from pyrlhf.evaluate.winrate import WinRate, win_rate
 
 __all__ = [
     "Accuracy",
     "Perplexity",
     "WinRate",
+    "answer_row",
     "perplexity",
     "prompt_part",
     "prompt_text",

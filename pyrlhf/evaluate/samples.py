@@ -37,10 +37,14 @@ def sample_answers(
     for i, prompt in enumerate(prompts):
         own = range(i * n, (i + 1) * n)
         texts = [tokenizer.decode_response(prompt.prompt, rollouts.response(k)) for k in own]
-        rows.append(
-            {**prompt_part(prompt.record.prompt), "responses": texts, "finish": [rollouts.finish[k] for k in own]}
-        )
+        rows.append(answer_row(prompt.record.prompt, [(text, rollouts.finish[k]) for text, k in zip(texts, own)]))
     return rows
+
+
+def answer_row(prompt: Any, answers: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A record's prompt with its answers, (text, finish) each, as one row."""
+    texts, finish = [text for text, _ in answers], [why for _, why in answers]
+    return {**prompt_part(prompt), "responses": texts, "finish": finish}
 
 
 def prompt_part(prompt: Any) -> dict[str, Any]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyrlhf.model import CausalLM, ModelConfig
-from pyrlhf.rollout import Generator, PagedCache, Rollouts, Sampling, generator
+from pyrlhf.rollout import Finished, Generator, PagedCache, Rollouts, Sampling, generator
 
 TINY = ModelConfig(vocab_size=40, hidden_size=32, num_layers=2, num_heads=4, max_positions=64)
 KINDS = {
@@ -39,6 +42,9 @@ def prompts(count: int, vocab: int = 40, longest: int = 20) -> list[list[int]]:
     draw = torch.Generator().manual_seed(5)
     lengths = torch.randint(1, longest + 1, (count,), generator=draw).tolist()
     return [torch.randint(0, vocab, (n,), generator=draw).tolist() for n in lengths]
+
+
+_PLAIN = wide(TINY)
 
 
 def responses(out: Rollouts) -> list[list[int]]:
@@ -162,6 +168,8 @@ BATCHES: list[dict[str, Any]] = [
     {"max_batch": 3},
     {"max_batch": 24, "page_size": 1},
     {"pages": 14, "page_size": 4},
+    {"pages": 25, "page_size": 2},
+    {"cache_bytes": 60_000, "page_size": 4},
     {"prefill_tokens": 1},
     {"prefill_tokens": 30, "max_batch": 5, "page_size": 5, "pages": 30},
 ]
@@ -181,17 +189,146 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[PagedCache]:
     return made
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", BATCHES, ids=str)
-def test_samples_do_not_depend_on_the_batch(how: dict[str, Any], caches: list[PagedCache]) -> None:
-    model, asked = wide(TINY), prompts(8)
+def test_samples_do_not_depend_on_the_batch(
+    how: dict[str, Any], dtype: torch.dtype, caches: list[PagedCache]
+) -> None:
+    """Tokens and log-probs are the same bits whatever the batch, the pages and who had to make room."""
+    model, asked = wide(TINY).to(dtype), prompts(8)
     sampling = Sampling(max_new_tokens=30, seed=2, eos_id=7, stop_ids=(11, 12))
     expected = Generator(model).generate(asked, sampling, n=3)
     out = Generator(model, **how).generate(asked, sampling, n=3)
     assert responses(out) == responses(expected)
     assert out.finish == expected.finish
-    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(out.logprobs, expected.logprobs)
     assert all(cache.pages.free == cache.pages.count for cache in caches)
     assert len(caches) == 2
+    small = "cache_bytes" in how or how.get("pages", 99) < 30
+    assert (out.timings.preemptions > 0) == small
+    assert expected.timings.preemptions == 0
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_arrivals_budgets_and_preemptions_change_no_sample(data: st.DataObject) -> None:
+    model = _PLAIN
+    asked = prompts(data.draw(st.integers(1, 6), "prompts"), longest=10)
+    n, size = data.draw(st.integers(1, 3), "n"), data.draw(st.integers(1, 7), "page size")
+    sampling = Sampling(max_new_tokens=data.draw(st.integers(1, 16), "new"), seed=4, eos_id=7, top_p=0.95)
+    expected = Generator(model).generate(asked, sampling, n=n)
+    least = max(-(-(len(p) + sampling.max_new_tokens - 1) // size) for p in asked)
+    pages = data.draw(st.integers(least, 3 * least), "pages")
+    batch, prefill = data.draw(st.integers(1, 9), "max_batch"), data.draw(st.integers(1, 40), "prefill_tokens")
+    generator = Generator(model, pages=pages, page_size=size, max_batch=batch, prefill_tokens=prefill)
+    order = data.draw(st.permutations(range(len(asked))), "order")
+    ids = [p * n + i for p in order for i in range(n)]
+    out = generator.generate([asked[p] for p in order], sampling, n=n, sample_ids=ids)
+    for place, sample in enumerate(ids):
+        assert out.response(place) == expected.response(sample)
+    assert sorted(out.logprobs.tolist()) == sorted(expected.logprobs.tolist())
+    assert generator._cache is not None
+    assert generator._cache.pages.free == pages
+
+
+def test_samples_of_a_prompt_compute_it_once_and_share_its_pages() -> None:
+    model, prompt = wide(TINY), prompts(1, longest=20)[0] * 3
+    prompt = prompt[:24]
+    sampling = Sampling(max_new_tokens=8, seed=1)
+    shared = Generator(model, page_size=4).generate([prompt], sampling, n=6)
+    apart = Generator(model, page_size=4).generate([prompt] * 6, sampling)
+    assert responses(shared) == responses(apart)
+    assert torch.equal(shared.logprobs, apart.logprobs)
+    assert (shared.timings.prompt_tokens, apart.timings.prompt_tokens) == (24, 144)
+    assert (shared.timings.peak_pages, apart.timings.peak_pages) == (6 + 6 * 2, 6 * 8)
+    few = Generator(model, page_size=4, max_batch=2).generate([prompt], sampling, n=6)  # the prompt waits with them
+    assert few.timings.prompt_tokens == 24
+    assert responses(few) == responses(apart)
+
+
+def test_finished_samples_come_as_they_end() -> None:
+    model, asked = wide(TINY), prompts(5)
+    sampling = Sampling(max_new_tokens=20, seed=2, eos_id=7)
+    seen: list[Finished] = []
+    out = Generator(model, max_batch=3).generate(asked, sampling, n=2, on_finish=seen.append)
+    assert sorted(done.index for done in seen) == list(range(10))
+    for done in seen:
+        assert (done.tokens, done.finish) == (out.response(done.index), out.finish[done.index])
+    assert torch.equal(torch.cat([d.logprobs for d in sorted(seen, key=lambda d: d.index)]), out.logprobs)
+    lengths = [len(d.tokens) for d in Generator(model).stream(asked, sampling, n=2)]
+    assert lengths == sorted(lengths)  # all began together
+    assert sorted(lengths) == sorted(out.response_lengths.tolist())
+
+
+def test_tokens_of_one_response_come_one_by_one() -> None:
+    model = wide(TINY)
+    sampling = Sampling(max_new_tokens=9, seed=5)
+    expected = Generator(model).generate([[3, 1]], sampling, sample_ids=[4]).response(0)
+    stream = Generator(model).tokens([3, 1], sampling, sample_id=4)
+    assert next(stream) == expected[0]
+    assert list(stream) == expected[1:]
+
+
+def test_the_policy_is_as_before_even_if_nobody_waits_for_the_end() -> None:
+    model = wide(TINY).train()
+    stream = Generator(model).stream(prompts(3), Sampling(max_new_tokens=10))
+    next(stream)
+    stream.close()
+    assert model.training
+    assert all(getattr(module, "packed", None) is None for module in model.modules())
+
+
+def test_timings_add_up() -> None:
+    t = Generator(wide(TINY), page_size=4).generate(prompts(4), Sampling(max_new_tokens=6)).timings
+    assert (t.new_tokens, t.steps, t.preemptions) == (24, 5, 0)
+    assert t.prompt_tokens == sum(map(len, prompts(4)))
+    assert 0 < t.first_token_seconds
+    assert 0 < t.refresh_seconds
+    assert t.tokens_per_second == pytest.approx(24 / (t.refresh_seconds + t.prefill_seconds + t.decode_seconds))
+
+
+def test_the_shortest_response_and_banned_tokens() -> None:
+    model, asked = wide(TINY), prompts(12)
+    ends = Sampling(max_new_tokens=20, seed=2, eos_id=7, stop_ids=(11, 12))
+    assert int(Generator(model).generate(asked, ends, n=4).response_lengths.min()) < 6
+    longer = Generator(model).generate(asked, replace(ends, min_new_tokens=6), n=4)
+    assert int(longer.response_lengths.min()) >= 6
+    assert any(why != "length" for why in longer.finish)
+    assert not {7, 11, 12} & {t for r in responses(longer) for t in r[:5]}
+    everything = {t for r in responses(longer) for t in r}
+    banned = tuple(sorted(everything)[:30])
+    out = Generator(model).generate(asked, replace(ends, banned_ids=banned), n=4)
+    assert not set(banned) & {t for r in responses(out) for t in r}
+
+
+def test_log_probs_are_of_what_is_left_when_tokens_are_banned() -> None:
+    model = wide(TINY)
+    banned = tuple(range(20))
+    out = Generator(model).generate([[3, 1, 4]], Sampling(max_new_tokens=1, banned_ids=banned, seed=1))
+    hidden = model(torch.tensor([3, 1, 4]), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32))
+    logits = model.logits(hidden[-1:])[0, 20:].log_softmax(-1)
+    assert float(out.logprobs[0]) == pytest.approx(float(logits[out.response(0)[0] - 20].detach()), abs=1e-4)
+
+
+class Letters:
+    """Token i is the i-th letter; the last two tokens are nothing at all."""
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKL"[i] if i < 38 else "" for i in ids)
+
+
+def test_stop_strings_end_a_response_where_they_are_completed() -> None:
+    model, letters = wide(TINY), Letters()
+    plain = Generator(model).generate(prompts(6), Sampling(max_new_tokens=25, seed=3), n=2)
+    texts = [letters.decode(plain.response(i)) for i in range(12)]
+    stops = (texts[0][5:7], texts[3][9:12])
+    sampling = Sampling(max_new_tokens=25, seed=3, stop_strings=stops)
+    out = Generator(model, tokenizer=letters).generate(prompts(6), sampling, n=2)
+    for i, text in enumerate(texts):
+        found = [text.find(stop) + len(stop) for stop in stops if stop in text]
+        assert letters.decode(out.response(i)) == text[: min(found, default=len(text))]
+        assert out.finish[i] == ("stop" if found else "length")
+    assert out.finish[0] == out.finish[3] == "stop"
 
 
 def test_samples_follow_their_ids_not_their_places() -> None:
@@ -295,6 +432,9 @@ def test_wrong_prompts_are_named(asked: list[list[int]], options: dict[str, Any]
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"min_p": 1.5}, "min_p"),
+        ({"min_new_tokens": 65}, "min_new_tokens"),
+        ({"stop_strings": "x"}, "stop_strings"),
+        ({"stop_strings": ("x", "")}, "stop_strings"),
     ],
 )
 def test_wrong_sampling_is_named(options: dict[str, Any], message: str) -> None:
@@ -311,5 +451,12 @@ def test_other_wrong_uses_are_named() -> None:
         Generator(CausalLM(ModelConfig(vocab_size=8, hidden_size=8, num_layers=1, num_heads=1, causal=False)))
     broken = wide(TINY)
     torch.nn.init.constant_(broken.trunk.layers[0].mlp.down.weight, math.nan)  # type: ignore[arg-type, union-attr]
-    with pytest.raises(ValueError, match="logits"):
+    with pytest.raises(ValueError, match=r"NaN or infinity in trunk.layers.0.mlp.down.weight"):
         Generator(broken).generate([[1]], Sampling())
+    for options, message in (
+        ({"banned_ids": (40,)}, "banned_ids: expected ids"),
+        ({"banned_ids": tuple(range(40))}, "at least one of the 40 tokens"),
+        ({"stop_strings": ("x",)}, "stop_strings: expected a tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Generator(wide(TINY)).generate([[1]], Sampling(**options))
