@@ -459,6 +459,9 @@ class ZeroEngine:
 
     def offload_states(self) -> None:
         """ZeRO 1-3: move masters and moments to host memory, until `reload_states`."""
+        if self.sharded:
+            _move(self._states_of_shards(), "cpu")
+            return
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as States
 
         pinned = self.world.device.type == "cuda"
@@ -466,7 +469,16 @@ class ZeroEngine:
 
     def reload_states(self) -> None:
         """Bring back what `offload_states` moved."""
-        self._engine.reload_states()
+        if self.sharded:
+            _move(self._states_of_shards(), self.world.device)
+        else:
+            self._engine.reload_states()
+
+    def _states_of_shards(self) -> list[torch.Tensor]:
+        # DeepSpeed's own offload_states insists on its FusedAdam under ZeRO 3.
+        optimizer = self._engine.optimizer
+        moments = [t for state in optimizer.optimizer.state.values() for t in state.values()]
+        return [t for t in [*optimizer.fp32_partitioned_groups_flat, *moments] if torch.is_tensor(t) and t.ndim]
 
     @property
     def sharded(self) -> bool:
@@ -663,6 +675,13 @@ def _deepspeed_settings(config: EngineConfig, optimizer: OptimizerConfig | None,
 def _bare(config: EngineConfig) -> bool:
     """Whether DeepSpeed hands the bare optimizer back (ZeRO 0, float32): norm, clipping and skipping are then done here."""
     return config.zero_stage == 0 and config.dtype == "fp32"
+
+
+def _move(tensors: list[torch.Tensor], device: torch.device | str) -> None:
+    """The tensors' memory to another device; who holds them sees it there."""
+    for tensor in tensors:
+        there = torch.empty_like(tensor, device=device, pin_memory=str(device) == "cpu" and tensor.is_cuda)
+        tensor.data = there.copy_(tensor.detach())
 
 
 @contextlib.contextmanager

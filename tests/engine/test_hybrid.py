@@ -42,8 +42,8 @@ def make(world: World, kind: str = "gpt2", *, dtype: Any = "fp32", stage: Any = 
     policy = CausalLM(config(kind), seed=1)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
-                weight.mul_(3.0)
+            if weight.ndim == 2:
+                weight.mul_(5.0 if "embed" in name else 3.0)
     engine = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage, exact=exact)
     return HybridEngine(policy, engine, OptimizerConfig(lr=1e-3), world=world)
 

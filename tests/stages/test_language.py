@@ -264,8 +264,9 @@ def test_a_rank_without_prompts_still_gets_all_responses(house: tiny.House) -> N
     whole = respond(engine, [[5, 6]], sampling, n=2)
     own: list[Responses] = []
 
-    def gather(part: Responses) -> list[Responses]:
-        own.append(part)
+    def gather(part: Any) -> list[Any]:
+        if isinstance(part, Responses):
+            own.append(part)
         return [part]
 
     for rank in (0, 1):
