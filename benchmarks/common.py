@@ -12,12 +12,15 @@ import os
 import platform
 import re
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,19 +35,27 @@ RESULTS = Path(__file__).resolve().parent / "results"
 COPY = "copy (the machine's limit)"
 READ = "read (the machine's limit)"
 GEMM = "gemm (the machine's limit)"
+PEERS = "PYRLHF_BENCH_PEERS"
 
 
 @dataclass
 class Candidate:
     """One way of doing the work. bytes: read plus written by a perfect implementation; flops: of one run.
 
-    extra: further figures of it that the benchmark has measured, a column each.
+    tokens: made by one run, for a column of tokens a second. extra: further figures of it that the benchmark has measured
+    (``run`` may do so), a column each. part: milliseconds out of what ``run`` returns, where only a part of it counts.
     """
 
-    run: Callable[[], object]
+    run: Callable[[], Any]
     bytes: int = 0
     flops: int = 0
     extra: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    part: Callable[[Any], float] | None = None
+
+    def time(self) -> float:
+        """Milliseconds of one run."""
+        return once(self.run) if self.part is None else self.part(self.run())
 
 
 @dataclass
@@ -64,8 +75,13 @@ def gradients(
     return lambda: torch.autograd.grad(function(*inputs), inputs, cotangents)
 
 
-def measure(candidates: dict[str, Candidate], rounds: int = 30, budget: float = 60.0) -> dict[str, Timing]:
-    """Times the candidates and a memory copy in turn, for ``rounds`` rounds or until ``budget`` seconds are spent (5 at least)."""
+def measure(
+    candidates: dict[str, Candidate], rounds: int = 30, budget: float = 60.0, warm: bool = True
+) -> dict[str, Timing]:
+    """Times the candidates and a memory copy in turn, for ``rounds`` rounds or until ``budget`` seconds are spent (5 at least).
+
+    ``warm``: each timed run follows an untimed one. False where a run takes seconds, to which caches mean nothing.
+    """
     keep_freed_memory()  # as in a training run of ours; the other candidates gain by it too
     candidates = {**candidates, COPY: memory_copy()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -76,8 +92,9 @@ def measure(candidates: dict[str, Candidate], rounds: int = 30, budget: float = 
         if turn >= 5 and time.perf_counter() - began > budget:
             break
         for name, candidate in candidates.items():
-            candidate.run()  # its own memory back in the allocator and the caches, as in a loop of its own
-            samples[name].append(once(candidate.run))
+            if warm or name in (COPY, READ, GEMM):
+                candidate.run()  # its own memory back in the allocator and the caches, as in a loop of its own
+            samples[name].append(candidate.time())
     return {name: summary(times) for name, times in samples.items()}
 
 
@@ -107,6 +124,48 @@ def _serve(pipe: Connection, make: Callable[..., Callable[[], object]], args: tu
             pipe.send(None)
             pipe.recv()
             run()
+
+
+class NotMeasured(Exception):
+    """Why a candidate cannot be measured here."""
+
+
+def in_peers(script: str, *args: object) -> Callable[[], dict[str, float]]:
+    """One run a call of ``peers/<script>``, by the interpreter that the environment variable PYRLHF_BENCH_PEERS names.
+
+    It returns what the script measured itself. The script's first run is over when this returns (see peers/channel.py).
+
+    Raises:
+        NotMeasured: no such interpreter (peers/README.md says how to make it), or the script failed.
+    """
+    python = os.environ.get(PEERS)
+    if not python:
+        raise NotMeasured(f"{PEERS} is not set, see benchmarks/peers/README.md")
+    command = [python, str(RESULTS.parent / "peers" / script), *map(str, args)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pipe = subprocess.PIPE
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
+    try:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=environment)
+    except OSError as error:
+        raise NotMeasured(f"{PEERS}: {error}") from None
+
+    def run() -> dict[str, float]:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write("\n")
+            process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            errors.seek(0)
+            said = errors.read().strip().splitlines() or [""]
+            raise NotMeasured(f"{script} ended with {process.wait()}: {said[-1]}")
+        found: dict[str, float] = json.loads(answer)
+        return found
+
+    run()
+    return run
 
 
 def once(run: Callable[[], object]) -> float:
@@ -143,10 +202,19 @@ def best_gemm(dtype: torch.dtype, times: int = 1) -> Candidate:
     return Candidate(run, flops=times * 2 * 1024 * 1024 * 2048)
 
 
-def report(op: str, case: str, candidates: dict[str, Candidate], ours: str, **options: float) -> dict[str, Timing]:
+def report(
+    op: str,
+    case: str,
+    candidates: dict[str, Candidate],
+    ours: str,
+    *,
+    absent: dict[str, str] | None = None,
+    **options: float,
+) -> dict[str, Timing]:
     """Measures, prints the table and writes it to ``results/<machine>.json`` under ``op`` and ``case``.
 
     Where a candidate is named GEMM (see `best_gemm`), every rate of operations is also given as a share of its rate.
+    ``absent``: candidates that cannot be measured here, and why.
     """
     timings = measure(candidates, **options)  # type: ignore[arg-type]
     every = {**candidates, COPY: memory_copy()}
@@ -154,7 +222,9 @@ def report(op: str, case: str, candidates: dict[str, Candidate], ours: str, **op
     speeds = {limit: work(every[limit], limit) / timings[limit].median for limit in limits}
     rows = [row(name, timings[name], every[name], speeds, timings[ours].median) for name in timings]
     show(op, case, rows)
-    save(op, case, rows)
+    for name, why in (absent or {}).items():
+        print(f"{name}: not measured: {why}")
+    save(op, case, [*rows, *({"way": name, "not_measured": why} for name, why in (absent or {}).items())])
     return timings
 
 
@@ -173,6 +243,7 @@ def row(name: str, timing: Timing, candidate: Candidate, speeds: dict[str, float
         "gflop_s": round(candidate.flops * per_ms * 1e-6, 2) if candidate.flops else None,
         **{f"share_of_{limit.split()[0]}": round(share, 3) or None for limit, share in shares.items()},
         "times_ours": round(timing.median / ours, 2),
+        **({"tokens_s": round(1e3 * candidate.tokens * per_ms, 1)} if candidate.tokens else {}),
         **{key: round(value, 1) for key, value in candidate.extra.items()},
     }
 
@@ -180,14 +251,16 @@ def row(name: str, timing: Timing, candidate: Candidate, speeds: dict[str, float
 def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
     table = Table(title=f"{op}: {case} ({machine()}, {torch.get_num_threads()} threads)", title_justify="left")
     shares = [key for key in rows[0] if key.startswith("share_of_")]
-    of_limits = [key.removeprefix("share_").replace("_", " ") for key in shares]
-    extra = list(rows[0])[list(rows[0]).index("times_ours") + 1 :]
-    for heading in ("way", "median ms", "20-80 %", "GB/s", "GFLOP/s", *of_limits, "x ours", *extra):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
+    extra = list(dict.fromkeys(key for r in rows for key in list(r)[list(r).index("times_ours") + 1 :]))
+    headings = {"way": "way", "median_ms": "median ms", "spread": "20-80 %", "gb_s": "GB/s", "gflop_s": "GFLOP/s"}
+    headings |= {key: key.removeprefix("share_").replace("_", " ") for key in shares}
+    headings |= {"times_ours": "x ours", **{key: key for key in extra}}
+    rows = [{**r, "spread": f"{r['low_ms']}-{r['high_ms']}"} for r in rows]
+    told = [key for key in headings if any(r.get(key) is not None for r in rows)]
+    for key in told:
+        table.add_column(headings[key], justify="left" if key == "way" else "right")
     for r in rows:
-        cells = [r["way"], r["median_ms"], f"{r['low_ms']}-{r['high_ms']}", r["gb_s"], r["gflop_s"]]
-        cells += [*(r[key] for key in shares), r["times_ours"], *(r.get(key) for key in extra)]
-        table.add_row(*("" if cell is None else str(cell) for cell in cells))
+        table.add_row(*("" if r.get(key) is None else str(r[key]) for key in told))
     Console(width=140).print(table)
 
 
