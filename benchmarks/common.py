@@ -142,7 +142,14 @@ def in_peers(script: str, *args: object) -> Callable[[], dict[str, float]]:
     if not python:
         raise NotMeasured(f"{PEERS} is not set, see benchmarks/peers/README.md")
     command = [python, str(RESULTS.parent / "peers" / script), *map(str, args)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    own = (
+        "PYTHONPATH",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "DS_ACCELERATOR",
+    )  # of this process's packages and its world
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     pipe = subprocess.PIPE
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
     try:
