@@ -1,7 +1,7 @@
 """Generation: ours against transformers and CTranslate2, against the machine's limits, and against itself without its ideas.
 
     python bench_rollout.py [throughput | decode | stories | continuous | shared ...] [--prompts N ...] [--new-tokens N]
-        [--rounds N] [--max-batch N]
+        [--dtypes bf16 fp32] [--max-batch N] [--longest N] [--rounds N]
 
 Random weights made on the spot; transformers and CTranslate2 read the same files. Every response has all its tokens (no
 end-of-sequence token) except in "continuous". Tokens are drawn from the whole distribution at temperature 1. transformers
@@ -141,7 +141,8 @@ def many(prompts: int) -> str:
 def decode(given: argparse.Namespace) -> None:
     config = ModelConfig.preset("gpt2")
     steps = given.new_tokens - 1  # the first token comes from the prompts' forward
-    for count, (name, dtype) in itertools.product(given.prompts, DTYPES.items()):
+    for count, name in itertools.product(given.prompts, given.dtypes):
+        dtype = DTYPES[name]
         model = CausalLM(config, dtype=dtype)
         numbers = matrix_numbers(model)
         way = ours(
@@ -219,25 +220,25 @@ def in_chunks(generator: Generator, prompts: Prompts, sampling: Sampling) -> lis
     ]
 
 
-def in_static_chunks(generator: Generator, prompts: Prompts, longest: list[int]) -> None:
+def in_static_chunks(generator: Generator, prompts: Prompts, most: list[int]) -> None:
     """The same, but ended rows are computed until the last of their chunk has ended."""
-    for chunk, length in zip(chunks(generator, prompts), longest, strict=True):
+    for chunk, length in zip(chunks(generator, prompts), most, strict=True):
         generator.generate([prompts[i] for i in chunk], all_tokens(length), sample_ids=chunk)
 
 
 def continuous(given: argparse.Namespace) -> None:
-    for name in DTYPES:
-        continuous_batching(name, given.max_batch, given.rounds)
+    for name in given.dtypes:
+        continuous_batching(name, given.max_batch, given.longest, given.rounds)
 
 
-def continuous_batching(dtype: str, max_batch: int, rounds: int) -> None:
-    count, length, sampling = 64, 32, Sampling(max_new_tokens=256)
+def continuous_batching(dtype: str, max_batch: int, longest: int, rounds: int) -> None:
+    count, length, sampling = 64, 32, Sampling(max_new_tokens=longest)
     generator = Generator(flat_model(DTYPES[dtype]), max_batch=max_batch)
     prompts = random_prompts(count, length, generator.policy.config.vocab_size)
     together, apart = generator.generate(prompts, sampling), in_chunks(generator, prompts, sampling)
     if not torch.equal(together.tokens, torch.cat([part.tokens for part in apart])):
         raise RuntimeError("a response depends on the responses beside it")
-    longest = [int(part.response_lengths.max()) for part in apart]
+    most = [int(part.response_lengths.max()) for part in apart]
     mean = float(together.response_lengths.float().mean())
     runs: dict[str, tuple[Callable[[], object], int]] = {
         "pyrlhf": (lambda: generator.generate(prompts, sampling), together.timings.steps),
@@ -246,13 +247,13 @@ def continuous_batching(dtype: str, max_batch: int, rounds: int) -> None:
             sum(part.timings.steps for part in apart),
         ),
         "chunk after chunk, ended rows stay": (
-            lambda: in_static_chunks(generator, prompts, longest),
-            sum(length - 1 for length in longest),
+            lambda: in_static_chunks(generator, prompts, most),
+            sum(length - 1 for length in most),
         ),
     }
     tokens = int(together.response_lengths.sum())
     candidates = {way: Candidate(run, tokens=tokens, extra={"steps": steps}) for way, (run, steps) in runs.items()}
-    case = f"GPT-2 small's layers {dtype}, {count} prompts of {length}, {mean:.0f} new tokens of 1-256, {max_batch} at a time"
+    case = f"GPT-2 small's layers {dtype}, {count} prompts of {length}, {mean:.0f} new tokens of 1-{longest}, {max_batch} at a time"
     report("rollout", case, candidates, "pyrlhf", rounds=rounds, warm=False)
 
 
@@ -285,8 +286,10 @@ if __name__ == "__main__":
     parser.add_argument(
         "--prompts", type=int, nargs="+", default=[16, 1], help="numbers of prompts in throughput, decode"
     )
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), help="of decode and continuous")
     parser.add_argument("--new-tokens", type=int, default=64, help="at least 2; in throughput, decode, shared")
     parser.add_argument("--max-batch", type=int, default=16, help="sequences decoded together in continuous")
+    parser.add_argument("--longest", type=int, default=256, help="longest response in continuous")
     parser.add_argument("--rounds", type=int, default=5, help="at least 2")
     given = parser.parse_args()
     for name in given.cases:
