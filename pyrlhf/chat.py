@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TextIO
+from typing import IO
 
 from pyrlhf.data import Message, Tokenizer
 from pyrlhf.data.records import Messages
@@ -89,7 +89,7 @@ class Chat:
         return text
 
 
-def converse(chat: Chat, lines: TextIO, out: TextIO, *, prompt: str = "> ") -> None:
+def converse(chat: Chat, lines: IO[str], out: IO[str], *, prompt: str = "> ") -> None:
     """Read lines, write answers, until the end or /exit."""
     while True:
         out.write(prompt)
@@ -107,7 +107,7 @@ def converse(chat: Chat, lines: TextIO, out: TextIO, *, prompt: str = "> ") -> N
             _say(chat, text, out)
 
 
-def _say(chat: Chat, text: str, out: TextIO) -> None:
+def _say(chat: Chat, text: str, out: IO[str]) -> None:
     from pyrlhf.terminal import printable
 
     try:

@@ -222,9 +222,7 @@ def _sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-new-tokens", type=int, default=0, help="shortest answer in tokens (default: %(default)s)"
     )
-    parser.add_argument(
-        "--stop", action="append", default=[], help="a text that ends an answer; may be given again"
-    )
+    parser.add_argument("--stop", action="append", default=[], help="a text that ends an answer; may be given again")
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -128,7 +128,7 @@ def _write_lines(output: Path, lines: Iterator[str], *, total: int, done: int) -
             file.write(line)
             file.flush()
             bar.advance(1)
-    settings, _, answers = partial.read_text(encoding="utf-8").partition("\n")
+    answers = partial.read_text(encoding="utf-8").partition("\n")[2]  # without the settings
     partial.write_text(answers, encoding="utf-8")
     os.replace(partial, output)
 

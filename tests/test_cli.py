@@ -348,7 +348,16 @@ def test_generate_goes_on_where_it_was_interrupted(
     from pyrlhf import commands
 
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    words = ["generate", str(models / "lm"), "--prompts", str(models / "prompts.jsonl"), "-n", "2", "--max-new-tokens", "6"]
+    words = [
+        "generate",
+        str(models / "lm"),
+        "--prompts",
+        str(models / "prompts.jsonl"),
+        "-n",
+        "2",
+        "--max-new-tokens",
+        "6",
+    ]
     assert cli.main([*words, "--output", str(tmp_path / "whole.jsonl")]) == 0
     answered = commands._answer_lines
 
@@ -374,7 +383,17 @@ def test_generate_goes_on_where_it_was_interrupted(
 def test_generate_fresh_forgets_an_interrupted_run(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     (tmp_path / "out.jsonl.partial").write_text('{"settings": {}}\n{"prompt": "x"}\n')
-    words = ["generate", str(models / "lm"), "--prompt", "the", "--max-new-tokens", "3", "--output", str(out), "--fresh"]
+    words = [
+        "generate",
+        str(models / "lm"),
+        "--prompt",
+        "the",
+        "--max-new-tokens",
+        "3",
+        "--output",
+        str(out),
+        "--fresh",
+    ]
     assert cli.main(words) == 0
     assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["the"]
 
@@ -385,7 +404,9 @@ def test_generate_names_a_wrong_sampling_option(models: Path, capsys: pytest.Cap
     assert "top_p: expected" in capsys.readouterr().err
 
 
-def test_chat_answers_line_by_line(models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_answers_line_by_line(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["chat", str(models / "lm"), "--max-new-tokens", "8", "--seed", "3"]
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/help\n/reset\nhello\n"))
     assert cli.main(words) == 0

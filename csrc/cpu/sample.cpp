@@ -359,8 +359,8 @@ int64_t score_rows(const T* logits, const int64_t* tokens, float inverse, int64_
 
 }  // namespace
 
-int64_t sampled_logprob(const void* logits, DType dtype, const int64_t* tokens, float inverse_temperature,
-                        int64_t rows, int64_t vocab, int64_t row_stride, float* logprobs, int threads) {
+int64_t sampled_logprob(const void* logits, DType dtype, const int64_t* tokens, float inverse_temperature, int64_t rows,
+                        int64_t vocab, int64_t row_stride, float* logprobs, int threads) {
     if (dtype == DType::bfloat16)
         return score_rows(static_cast<const bf16*>(logits), tokens, inverse_temperature, rows, vocab, row_stride,
                           logprobs, threads);

@@ -45,7 +45,9 @@ class HybridEngine(ZeroEngine):
     ) -> None:
         config = config or EngineConfig()
         if config.exact and config.device_type != "cpu":
-            raise ValueError("exact: expected device 'cpu', found 'cuda'; sampling and training share kernels there only")
+            raise ValueError(
+                "exact: expected device 'cpu', found 'cuda'; sampling and training share kernels there only"
+            )
         super().__init__(policy, world or init_world(config), config, optimizer, total_steps)
         self._weights = DecodeWeights(policy, kept=config.exact)
         policy.tokenwise = config.exact

@@ -73,7 +73,9 @@ class EngineConfig:
             if getattr(self, name) and self.zero_stage == 0:
                 raise ValueError(f"{name}: needs zero_stage 1, 2 or 3, found 0; raise zero_stage")
         if self.exact and self.zero_stage == 3:
-            raise ValueError("exact: needs zero_stage 0, 1 or 2, found 3; ZeRO 3 has no weights to share between forwards")
+            raise ValueError(
+                "exact: needs zero_stage 0, 1 or 2, found 3; ZeRO 3 has no weights to share between forwards"
+            )
 
     @property
     def device_type(self) -> str:

@@ -55,9 +55,7 @@ class LMHead(nn.Module):
             hidden = self.norm(ops.activation(self.dense(hidden), self.activation))
         if targets is None:
             return self._logits(hidden)
-        logprobs, entropy = ops.linear_logprob(
-            hidden, self.weight, targets, bias=self.bias, temperature=temperature
-        )
+        logprobs, entropy = ops.linear_logprob(hidden, self.weight, targets, bias=self.bias, temperature=temperature)
         if self.packed is not None:
             logprobs = carried(self._sampled_logprobs(hidden.detach(), targets, temperature), logprobs)
         return logprobs, entropy

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from pyrlhf import ops
 from pyrlhf.model.config import ModelConfig
 
-
 _PAGE = 64  # tokens of TokenwiseAttention's pages
-_ROWS = 1024  # of which it attends to together: what bounds its memory
+_ROWS = 1024  # tokens that it attends to together: what bounds its memory
 
 
 class Attend(Protocol):

@@ -77,7 +77,7 @@ class Sampling:
             raise ValueError(f"top_p: expected a number in (0, 1], found {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: expected a number in [0, 1], found {self.min_p}")
-        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+        if not isinstance(self.stop_strings, tuple) or not all(self.stop_strings):
             raise ValueError(f"stop_strings: expected a tuple of texts that are not empty, found {self.stop_strings!r}")
 
 
@@ -276,7 +276,11 @@ class Generator:
         return _Run(self, prompts, sampling, n, _sample_ids(sample_ids, len(prompts), n))
 
     def check(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, sample_ids: Sequence[int] | Tensor | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int = 1,
+        sample_ids: Sequence[int] | Tensor | None = None,
     ) -> None:
         """The errors of `generate` that can be told without doing anything."""
         _sample_ids(sample_ids, len(prompts), n)
@@ -396,7 +400,13 @@ class _Run:
         self, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, ids: Tensor
     ) -> None:
         config = generator.policy.config
-        self.generator, self.policy, self.sampling, self.n, self.prompts = generator, generator.policy, sampling, n, prompts
+        self.generator, self.policy, self.sampling, self.n, self.prompts = (
+            generator,
+            generator.policy,
+            sampling,
+            n,
+            prompts,
+        )
         weight = self.policy.trunk.embed.tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sample_ids = ids
@@ -510,8 +520,18 @@ class _Run:
         index = torch.tensor([s.index for s in samples], dtype=torch.int64)
         lengths, column = self.prompt_lengths[index], torch.tensor(columns, dtype=torch.int64)
         last = lengths + self.limits[index] - 1
-        placed = (x.to(self.device) for x in (index, self.sample_ids[index], index, lengths + column, column, last))
-        return _Live(*placed, self._table(samples))
+        rows, ids, lengths, column, last = (
+            x.to(self.device) for x in (index, self.sample_ids[index], lengths, column, last)
+        )
+        return _Live(
+            samples=rows,
+            ids=ids,
+            tokens=torch.zeros_like(rows),
+            positions=lengths + column,
+            columns=column,
+            last=last,
+            table=self._table(samples),
+        )
 
     def _table(self, samples: list[Sample]) -> Tensor:
         """Page table int32 [len(samples), max_pages]; rows are filled up with page 0, which is never read there."""
@@ -526,7 +546,9 @@ class _Run:
         before = list(self.scheduler.live)
         growth = self.scheduler.grow()
         if len(self.scheduler.live) < len(before):
-            self.live = self.live.keep(torch.tensor([i for i, s in enumerate(before) if s.live], device=self.device).long())
+            self.live = self.live.keep(
+                torch.tensor([i for i, s in enumerate(before) if s.live], device=self.device).long()
+            )
         live = self.scheduler.live
         if growth:
             self._extend_tables(growth, live)

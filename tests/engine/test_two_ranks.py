@@ -77,6 +77,21 @@ def test_samples_do_not_depend_on_ranks(two: dict[str, Any], one: dict[str, Any]
     assert found == by_id(one["train lm"]["rollouts"])
 
 
+def test_a_rollout_gathers_each_weight_once(two: dict[str, Any]) -> None:
+    found = two["gathers"]
+    assert found["steps"] >= 5
+    tied = {"trunk.embed.tokens.weight": 2}  # for its packed copy, and to look tokens up
+    assert found["counts"] == {name: tied.get(name, 1) for name in found["counts"]}
+    assert len(found["counts"]) == len(list(training.CausalLM(training.CONFIG).named_parameters()))
+    assert found["whole"] == 0
+
+
+def test_a_wrong_request_on_one_rank_is_told_on_all(two: dict[str, Any]) -> None:
+    first, last = two["wrong"]
+    assert last.startswith("prompts[0]: expected at least one token")
+    assert first == f"rank 1: {last}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_goes_on_after_generation(two: dict[str, Any], one: dict[str, Any], stage: int) -> None:
     assert two[f"train lm {stage}"]["after"] == pytest.approx(one["train lm"]["after"], rel=1e-5)

@@ -107,6 +107,41 @@ def generate(engine: HybridEngine) -> list[tuple[list[int], int, str]]:
     return [(out.response(i)[:6], int(out.sample_ids[i]), out.finish[i]) for i in range(len(out))]
 
 
+def gathers(world: World) -> dict[str, Any]:
+    """ZeRO 3: how often one `generate` makes each weight whole, how many are whole afterwards, and how many forwards it ran."""
+    engine = make("lm", world, 3)
+    assert isinstance(engine, HybridEngine)
+    counts: dict[str, int] = {}
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    generator: Any = engine._generator
+    whole = generator._gather["gather"]
+
+    def counted(parameters: Any) -> Any:
+        for p in parameters:
+            counts[names[id(p)]] = counts.get(names[id(p)], 0) + 1
+        return whole(parameters)
+
+    generator._gather["gather"] = counted
+    generate(engine)
+    sharded = [p for p in engine.module.parameters() if p.ds_numel >= 10_000]  # smaller ones stay whole
+    result = {"counts": counts, "whole": sum(p.numel() > 0 for p in sharded), "steps": engine.timings.steps}
+    engine.close()
+    return result
+
+
+def wrong_on_one_rank(world: World) -> list[str]:
+    """What each rank is told when the last one asks for the impossible, and that the engine is still of use."""
+    engine = make("lm", world, 3)
+    assert isinstance(engine, HybridEngine)
+    try:
+        engine.generate([[5]] if world.is_main else [[]], Sampling())
+    except ValueError as error:
+        said = str(error)
+    generate(engine)
+    engine.close()
+    return world.gather(said)
+
+
 def one_bad_rank(world: World, stage: int) -> dict[str, Any]:
     """A loss that is not finite on the last rank only, then a good update."""
     engine = make("lm", world, stage)
@@ -194,6 +229,8 @@ def main(folder: Path) -> None:
         results[f"bad {stage}"] = one_bad_rank(world, stage)
         results[f"resumed {stage}"] = resumed(world, stage, folder / f"stage{stage}")
     results["from main"] = from_main(world)
+    results["gathers"] = gathers(world)
+    results["wrong"] = wrong_on_one_rank(world)
     results["frozen 3"] = frozen(world, 3)
     if world.is_main:
         torch.save(results, folder / "results.pt")

@@ -191,9 +191,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[PagedCache]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", BATCHES, ids=str)
-def test_samples_do_not_depend_on_the_batch(
-    how: dict[str, Any], dtype: torch.dtype, caches: list[PagedCache]
-) -> None:
+def test_samples_do_not_depend_on_the_batch(how: dict[str, Any], dtype: torch.dtype, caches: list[PagedCache]) -> None:
     """Tokens and log-probs are the same bits whatever the batch, the pages and who had to make room."""
     model, asked = wide(TINY).to(dtype), prompts(8)
     sampling = Sampling(max_new_tokens=30, seed=2, eos_id=7, stop_ids=(11, 12))
@@ -282,8 +280,8 @@ def test_timings_add_up() -> None:
     t = Generator(wide(TINY), page_size=4).generate(prompts(4), Sampling(max_new_tokens=6)).timings
     assert (t.new_tokens, t.steps, t.preemptions) == (24, 5, 0)
     assert t.prompt_tokens == sum(map(len, prompts(4)))
-    assert 0 < t.first_token_seconds
-    assert 0 < t.refresh_seconds
+    assert t.first_token_seconds > 0
+    assert t.refresh_seconds > 0
     assert t.tokens_per_second == pytest.approx(24 / (t.refresh_seconds + t.prefill_seconds + t.decode_seconds))
 
 

@@ -137,7 +137,7 @@ def test_the_youngest_makes_room_and_returns_first() -> None:
 
 
 def test_a_cache_smaller_than_one_sample_is_refused() -> None:
-    with pytest.raises(ValueError, match="pages: expected at least 3 .of 4 tokens. for the longest sample, found 2"):
+    with pytest.raises(ValueError, match=r"pages: expected at least 3 \(of 4 tokens\) for the longest sample, found 2"):
         Scheduler(Pages(2, 4), [Sequence(0, 0, 6, 4)], 1, 100)
 
 
