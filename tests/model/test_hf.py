@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrlhf.model import CausalLM, ModelConfig, ScalarModel, hf
 from pyrlhf.model.families import FAMILIES
+from pyrlhf.rollout import Generator, Sampling
 
 VOCAB = 67
 LENGTHS = [1, 7, 0, 23, 4]
@@ -167,6 +168,29 @@ def test_a_transformers_checkpoint_gives_the_same_logits_both_ways(
     assert hf.load_config(tmp_path / "ours") == ours.config
     once_more = CausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert all(torch.equal(once_more[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("bert")])
+def test_greedy_decoding_is_what_transformers_generates(name: str, theirs: Any, tmp_path: Path) -> None:
+    """Token for token, past every window, with the prompts of unequal lengths decoded together."""
+    original = theirs(CASES[name])
+    original.save_pretrained(tmp_path)
+    draw = torch.Generator().manual_seed(3)
+    asked = [torch.randint(0, VOCAB, (n,), generator=draw).tolist() for n in (1, 5, 12, 17)]
+    ours = Generator(CausalLM.from_pretrained(tmp_path), page_size=4)
+    out = ours.generate(asked, Sampling(max_new_tokens=14, temperature=0.0, eos_id=-1))
+    for i, prompt in enumerate(asked):
+        ids = torch.tensor([prompt])
+        whole = original.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=14,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert out.response(i) == whole[0, len(prompt) :].tolist()
+    assert len({tuple(out.response(i)) for i in range(4)}) > 1
 
 
 def test_berts_token_types_reach_the_logits(theirs: Any, ragged: Any, tmp_path: Path) -> None:
