@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +14,47 @@ from torch import Tensor
 CORE_DTYPES = (torch.float32, torch.bfloat16)
 
 
-@functools.cache
+_tape: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = None
+
+
 def core() -> Any:
+    """The C++ core: `module`, or while a `recording` is made the same with every call written down."""
+    return module() if _tape is None else _Recorded(module(), _tape)
+
+
+@contextlib.contextmanager
+def recording(tape: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> Iterator[None]:
+    """Append (function, arguments) of each call of the core to ``tape``. Calling them again does the same to the same memory."""
+    global _tape
+    outer, _tape = _tape, tape
+    try:
+        yield
+    finally:
+        _tape = outer
+
+
+class _Recorded:
+    def __init__(self, core: Any, tape: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> None:
+        self._core, self._tape = core, tape
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._core, name)
+
+        def call(*arguments: Any) -> Any:
+            result = function(*arguments)
+            self._tape.append((function, arguments) if result is None else (_must, (function, arguments)))
+            return result
+
+        return call
+
+
+def _must(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    if function(*arguments) is False:
+        raise MemoryError("a kernel's scratch memory could not be allocated; free some memory")
+
+
+@functools.cache
+def module() -> Any:
     """The extension module ``pyrlhf._C``, on the instruction set that ``PYRLHF_ISA`` names (default: the best this CPU has).
 
     torch is imported before it on purpose: both then share torch's libgomp, one pool of threads.

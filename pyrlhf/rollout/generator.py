@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
+from pyrlhf.ops._core import use_core
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
+from pyrlhf.rollout.program import DecodeProgram
 from pyrlhf.rollout.scheduler import Admission, Growth, Pages, Scheduler
 from pyrlhf.rollout.scheduler import Sequence as Sample
 from pyrlhf.rollout.weights import DecodeWeights, Gather
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from pyrlhf.model import CausalLM
 
 
+_STEPS_ALIKE = 3  # decode steps in a row with as many sequences, after which a step is recorded
+_PROGRAMS = 8  # recorded steps that a call keeps
 _KEPT = 1 << 30  # bytes of the largest KV cache that a generator keeps between calls
 
 
@@ -422,6 +426,8 @@ class _Run:
         self.begun = time.perf_counter()
         self.seconds = {"prefill": 0.0, "decode": 0.0, "first_token": 0.0}
         self.prompt_tokens = 0
+        self.programs: dict[int, DecodeProgram] = {}  # by the number of rows
+        self.rows = self.steps_alike = 0
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
         pairs = zip(self.prompt_lengths.tolist(), self.limits.tolist(), strict=True)
         samples = [Sample(s, s // n, length, limit) for s, (length, limit) in enumerate(pairs)]
@@ -553,11 +559,29 @@ class _Run:
         if growth:
             self._extend_tables(growth, live)
         if live:
-            attend = PagedDecode(self.cache, self.live.table, self.live.positions)
-            hidden = self.policy.decode(self.live.tokens, self.live.positions, attend)
+            logits = self._next_logits()
             self.scheduler.stepped()
-            self._advance(slice(None), live, self.policy.logits(hidden))
+            self._advance(slice(None), live, logits)
         self.seconds["decode"] += time.perf_counter() - begun
+
+    def _next_logits(self) -> Tensor:
+        """Logits of the next token of every live sequence, by a recorded step where the batch keeps its size."""
+        inputs = self.live.tokens, self.live.positions, self.live.table
+        rows = len(self.live.tokens)
+        self.steps_alike = self.steps_alike + 1 if rows == self.rows else 1
+        self.rows = rows
+        if rows in self.programs:
+            return self.programs[rows].logits(*inputs)
+        if self.steps_alike < _STEPS_ALIKE or not use_core(self.policy.trunk.embed.tokens.weight):
+            return self._step(*inputs)
+        if len(self.programs) == _PROGRAMS:
+            self.programs.pop(next(iter(self.programs)))
+        program = self.programs[rows] = DecodeProgram(self._step, *inputs)
+        return program.first
+
+    def _step(self, tokens: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        hidden = self.policy.decode(tokens, positions, PagedDecode(self.cache, table, positions))
+        return self.policy.logits(hidden)
 
     def _extend_tables(self, growth: list[Growth], live: list[Sample]) -> None:
         self.cache.copy_pages([(g.copy_of, g.page) for g in growth if g.copy_of is not None])

@@ -1,0 +1,112 @@
+"""A decode step recorded once and run again without the Python between its kernels.
+
+In a small model most of a step is Python: finding modules, checking arguments, allocating results. All of that comes out the same
+every time as long as the batch has the same number of rows and the tensors stay where they are. So a step is recorded while it
+runs: each call of the core with its addresses, each call of torch that computes something with the tensor it gave. Running the
+program makes the same calls in the same order, on the same memory, with the same bits. It is to the CPU what a CUDA graph is to a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyrlhf.ops._core import recording
+
+Call = tuple[Callable[..., object], tuple[Any, ...]]
+
+_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+class Program:
+    """A function of tensors that stay where they are, recorded.
+
+    Args:
+        step: computes a tensor from others that its caller keeps and writes new values into. It may branch on anything but
+            those values.
+
+    Attributes:
+        output: what `step` returned; `run` writes new values into it.
+    """
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        self._calls: list[Call] = []
+        self._alive: list[Tensor] = []  # everything whose address is in a call
+        with recording(self._calls), _Recorder(self._calls, self._alive):
+            self.output = step()
+
+    def run(self) -> Tensor:
+        for function, arguments in self._calls:
+            function(*arguments)
+        return self.output
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list[Call], alive: list[Tensor]) -> None:
+        super().__init__()
+        self._calls, self._alive = calls, alive
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before = len(self._calls)
+        result = function(*args, **kwargs)
+        del self._calls[before:]  # an op of ours is repeated as a whole: its own tensors are gone by then
+        made = _tensors(result)
+        self._alive += made
+        if function._schema.is_mutable:
+            self._calls.append((_repeat, (function, args, kwargs)))
+        elif made and not _is_view(made, _tensors((args, kwargs))) and function._opname not in _ALLOCATES:
+            self._calls.append((_recompute, (function, args, kwargs, made)))
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _is_view(made: list[Tensor], given: list[Tensor]) -> bool:
+    places = {t.untyped_storage().data_ptr() for t in given}
+    return all(t.untyped_storage().data_ptr() in places for t in made)
+
+
+def _repeat(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    function(*args, **kwargs)
+
+
+def _recompute(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[Tensor]) -> None:
+    for old, new in zip(made, _tensors(function(*args, **kwargs)), strict=True):
+        old.copy_(new)
+
+
+class DecodeProgram:
+    """A decode step of a fixed number of rows.
+
+    Args:
+        step: (tokens, positions, table) -> logits.
+        tokens, positions, table: of the step that is computed while it is recorded.
+
+    Attributes:
+        first: the logits of that step.
+    """
+
+    def __init__(
+        self, step: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: Tensor, positions: Tensor, table: Tensor
+    ) -> None:
+        self._inputs = tokens.clone(), positions.clone(), table.clone()
+        self._program = Program(lambda: step(*self._inputs))
+        self.first = self._program.output
+
+    def logits(self, *inputs: Tensor) -> Tensor:
+        """Of another step: tokens, positions and table. The next call writes into the same memory."""
+        for own, new in zip(self._inputs, inputs, strict=True):
+            own.copy_(new)
+        return self._program.run()
+
+
+__all__ = ["DecodeProgram", "Program"]

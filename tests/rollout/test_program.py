@@ -1,0 +1,113 @@
+"""A recorded step gives what the step itself gives, on values that it has not seen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyrlhf import ops
+from pyrlhf.model import CausalLM, ModelConfig
+from pyrlhf.rollout import Generator, Sampling, generator
+from pyrlhf.rollout.program import DecodeProgram, Program
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "llama": {"norm": "rms", "positions": "rotary", "gated": True, "activation": "silu", "num_kv_heads": 2},
+    "qwen3": {"norm": "rms", "positions": "rotary", "gated": True, "qk_norm": True, "head_dim": 16, "num_kv_heads": 1},
+    "gpt1": {"norm_position": "post"},
+    "windows": {"windows": (None, 5), "attention_scale": 1.0},
+}
+
+
+def model(kind: str, dtype: torch.dtype) -> CausalLM:
+    shape = {"vocab_size": 40, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": 64}
+    policy = CausalLM(ModelConfig(**(shape | CONFIGS[kind])), seed=3)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(8.0 if weight.ndim == 2 else 1.0)
+    return policy.to(dtype)
+
+
+def spoil_free_memory() -> None:
+    """Whatever a program has let go of is overwritten."""
+    rubbish = [torch.full((n,), float("nan")) for n in (8, 40, 64, 128, 640, 4096, 1 << 16) for _ in range(4)]
+    del rubbish
+
+
+@torch.no_grad()
+def test_calls_of_the_core_and_of_torch_are_repeated() -> None:
+    table, weight = nn.Embedding(50, 64), torch.randn(96, 64)
+    packed, scale = ops.pack_weight(weight, torch.float32), torch.randn(64)
+    ids, seen = torch.tensor([3, 1, 4]), torch.zeros(50)
+
+    def step() -> Tensor:
+        x = table(ids)
+        seen.index_add_(0, ids, torch.ones(3))  # changes what is there
+        q, k = ops.packed_linear(ops.rms_norm(x, scale, eps=1e-5), packed).view(3, -1, 8).split((8, 4), dim=1)
+        compiled = torch.ops.pyrlhf.activation(x + 1, "relu", False)  # an op through the dispatcher
+        return (q.reshape(3, -1) + k.reshape(3, -1).repeat(1, 2)) * compiled.to(torch.bfloat16).float()
+
+    program = Program(step)
+    for values in ([9, 9, 0], [49, 2, 7]):
+        spoil_free_memory()
+        ids.copy_(torch.tensor(values))
+        found = program.run().clone()
+        assert torch.equal(found, step())
+    assert int(seen.sum()) == 3 * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_generation_by_recorded_steps_is_the_same(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, made = model(kind, dtype), []
+
+    class Counted(DecodeProgram):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(len(args[1]))
+
+        def logits(self, *inputs: Tensor) -> Tensor:
+            spoil_free_memory()
+            return super().logits(*inputs)
+
+    monkeypatch.setattr(generator, "DecodeProgram", Counted)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
+    sampling = Sampling(max_new_tokens=24, seed=1, eos_id=7)
+    recorded = Generator(policy, page_size=4, max_batch=5).generate(prompts, sampling, n=3)
+    assert 5 in made
+    monkeypatch.setattr(generator, "_STEPS_ALIKE", 10**9)
+    plain = Generator(policy, page_size=4, max_batch=5).generate(prompts, sampling, n=3)
+    assert recorded.tokens.tolist() == plain.tokens.tolist()
+    assert torch.equal(recorded.logprobs, plain.logprobs)
+
+
+def test_few_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "_PROGRAMS", 2)
+    monkeypatch.setattr(generator, "_STEPS_ALIKE", 1)
+    kept: list[int] = []
+    finish = generator._Run._retire
+
+    def watched(run: Any, ended: Any) -> None:
+        kept.append(len(run.programs))
+        finish(run, ended)
+
+    monkeypatch.setattr(generator._Run, "_retire", watched)
+    policy = model("gpt2", torch.float32)
+    Generator(policy).generate([[i] for i in range(12)], Sampling(max_new_tokens=24, seed=1, eos_id=7))
+    assert max(kept) == 2
+
+
+def test_the_reference_backend_generates_without_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model("llama", torch.float32)
+    sampling = Sampling(max_new_tokens=12, seed=1)
+    expected = Generator(policy).generate([[1, 2], [3]], sampling)
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    monkeypatch.delattr(generator, "DecodeProgram")
+    out = Generator(policy).generate([[1, 2], [3]], sampling)
+    assert out.tokens.tolist() == expected.tokens.tolist()
+    torch.testing.assert_close(out.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
