@@ -68,9 +68,9 @@ class PagedCache:
     def slots(self, table: Tensor, positions: Tensor) -> Tensor:
         """Slots int64 [N] of tokens at `positions` int64 [N] in the sequences of `table` int32 [N, max_pages]."""
         size = self.pages.size
-        page = positions // size
+        page = positions.div(size, rounding_mode="trunc")  # of int64 `//` is slow: it looks for negative numbers
         held = table.gather(1, page.unsqueeze(1)).squeeze(1)
-        return held.long() * size + (positions - page * size)
+        return positions.add(held.long().sub_(page), alpha=size)
 
 
 class PagedDecode:

@@ -80,7 +80,8 @@ def _repeat(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 
 def _recompute(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: list[Tensor]) -> None:
-    for old, new in zip(made, _tensors(function(*args, **kwargs)), strict=True):
+    result = function(*args, **kwargs)
+    for old, new in zip(made, (result,) if isinstance(result, Tensor) else _tensors(result), strict=True):
         old.copy_(new)
 
 
