@@ -1,6 +1,6 @@
 """Generation: ours against transformers and CTranslate2, against the machine's limits, and against itself without its ideas.
 
-    python bench_rollout.py [throughput | decode | stories | continuous | shared ...] [--prompts N ...] [--new-tokens N]
+    python bench_rollout.py [throughput | decode | stories | continuous | shared | exact ...] [--prompts N ...] [--new-tokens N]
         [--dtypes bf16 fp32] [--max-batch N] [--longest N] [--rounds N]
 
 Random weights made on the spot; transformers and CTranslate2 read the same files. Every response has all its tokens (no
@@ -21,6 +21,7 @@ continuous  64 prompts, response lengths geometric with mean 64, at most 256: GP
             leave the batch, or, as in a static batch, are computed until the last has ended.
 shared      8 samples of one 512-token prompt against 8 prompts of that length: the first token after a third of the time,
             a quarter of the pages at most.
+exact       what training by the sampler's kernels costs, and how far the log-probs of the two are apart with and without.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from pyrlhf import CausalLM, ModelConfig
+from pyrlhf import CausalLM, EngineConfig, HybridEngine, ModelConfig
+from pyrlhf.engine import OptimizerConfig
+from pyrlhf.rlhf.experience import Experience, Responses, assemble
 from pyrlhf.rollout import Generator, Rollouts, Sampling
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
@@ -274,11 +277,34 @@ def shared(given: argparse.Namespace) -> None:
         report("rollout", f"{case}, {what}", candidates, next(iter(ways)), rounds=given.rounds, warm=False)
 
 
+def exact(given: argparse.Namespace) -> None:
+    count, length = 16, 64
+    prompts = random_prompts(count, length, ModelConfig.preset("gpt2").vocab_size)
+    for name in given.dtypes:
+        candidates = {}
+        for way, same_kernels in (("pyrlhf", False), ("pyrlhf, exact", True)):
+            config = EngineConfig(device="cpu", dtype=name, exact=same_kernels)
+            engine = HybridEngine(CausalLM(ModelConfig.preset("gpt2")), config, OptimizerConfig())
+            out = engine.generate(prompts, all_tokens(given.new_tokens))
+            e = assemble(Responses.of(out), torch.zeros(count))
+
+            def run(engine: HybridEngine = engine, e: Experience = e) -> torch.Tensor:
+                logprobs, _ = engine(e.tokens, e.positions, e.cu_seqlens, rows=e.rows, targets=e.targets)
+                engine.backward(-logprobs.mean(), last=False)
+                return logprobs.detach()
+
+            delta = (run() - out.logprobs).abs()
+            apart = {"mean_micronats": 1e6 * float(delta.mean()), "max_micronats": 1e6 * float(delta.max())}
+            candidates[way] = Candidate(run, extra=apart)
+        case = f"GPT-2 small {name}, {count} x {length} + {given.new_tokens} tokens, forward and backward"
+        report("rollout", case, candidates, "pyrlhf", rounds=given.rounds, warm=False)
+
+
 def first_token_ms(out: Rollouts) -> float:
     return 1e3 * out.timings.first_token_seconds
 
 
-CASES = {case.__name__: case for case in (throughput, decode, stories, continuous, shared)}
+CASES = {case.__name__: case for case in (throughput, decode, stories, continuous, shared, exact)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

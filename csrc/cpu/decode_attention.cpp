@@ -153,30 +153,36 @@ PYRLHF_INLINE float soften(float* scores, int64_t count, float& highest, float& 
     return shrink;
 }
 
-// sums[h] = sums[h] * shrink[h] + sum over j of scores[h][j] * v[j]
+// sums[h] = sums[h] * shrink[h] + sum over j of scores[h][j] * v[j], for the N vectors of channels from d on.
+template <int H, int N, typename T>
+PYRLHF_INLINE void gather_channels(const Cache<T>& cache, const Block& block, int64_t d, int64_t left,
+                                   const float* scores, const float* shrink, float* sums, int64_t sums_row,
+                                   Fetch& ahead) {
+    vf total[H][N];
+    for (int h = 0; h < H; ++h)
+        for (int n = 0; n < N; ++n) total[h][n] = load(sums + h * sums_row + d + n * W) * shrink[h];
+    for (int64_t j = 0; j < block.count; ++j) {
+        const T* row = cache.v + block.offsets[j] + d;
+        if (d == 0) ask(ahead);
+        vf values[N];
+        for (int n = 0; n < N; ++n)
+            values[n] = n + 1 < N || left >= N * W ? load(row + n * W) : load_channels(row + n * W, left - n * W);
+        for (int h = 0; h < H; ++h)
+            for (int n = 0; n < N; ++n) total[h][n] += values[n] * scores[h * key_block + j];
+    }
+    for (int h = 0; h < H; ++h)
+        for (int n = 0; n < N; ++n) store(sums + h * sums_row + d + n * W, total[h][n]);
+}
+
 template <int H, typename T>
 PYRLHF_INLINE void gather_values(const Cache<T>& cache, const Block& block, int64_t dim, const float* scores,
                                  const float* shrink, float* sums, int64_t sums_row, Fetch& ahead) {
-    for (int64_t d = 0; d < dim; d += tile_vectors * W) {
-        const int64_t left = dim - d;
-        vf total[H][tile_vectors];
-        for (int h = 0; h < H; ++h)
-            for (int n = 0; n < tile_vectors; ++n) total[h][n] = load(sums + h * sums_row + d + n * W) * shrink[h];
-        for (int64_t j = 0; j < block.count; ++j) {
-            const T* row = cache.v + block.offsets[j] + d;
-            if (d == 0) ask(ahead);
-            vf values[tile_vectors];
-            if (left >= tile_vectors * W)
-                for (int n = 0; n < tile_vectors; ++n) values[n] = load(row + n * W);
-            else
-                for (int n = 0; n < tile_vectors; ++n)
-                    values[n] = left > n * W ? load_channels(row + n * W, left - n * W) : vf{};
-            for (int h = 0; h < H; ++h)
-                for (int n = 0; n < tile_vectors; ++n) total[h][n] += values[n] * scores[h * key_block + j];
-        }
-        for (int h = 0; h < H; ++h)
-            for (int n = 0; n < tile_vectors; ++n) store(sums + h * sums_row + d + n * W, total[h][n]);
-    }
+    int64_t d = 0;
+    for (; dim - d > (tile_vectors - 1) * W; d += tile_vectors * W)
+        gather_channels<H, tile_vectors>(cache, block, d, dim - d, scores, shrink, sums, sums_row, ahead);
+    for (; dim - d > W; d += 2 * W)
+        gather_channels<H, 2>(cache, block, d, dim - d, scores, shrink, sums, sums_row, ahead);
+    for (; dim - d > 0; d += W) gather_channels<H, 1>(cache, block, d, dim - d, scores, shrink, sums, sums_row, ahead);
 }
 
 // What one item keeps: for each of its query heads the softmax so far and the weighted sum of values.

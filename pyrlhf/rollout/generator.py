@@ -290,6 +290,24 @@ class Generator:
         _sample_ids(sample_ids, len(prompts), n)
         self._check_prompts(prompts)
         self._check_sampling(sampling)
+        samples = self.samples(prompts, sampling, n)
+        Scheduler(Pages(self.page_count(samples), self.page_size), samples, self.max_batch, self.prefill_tokens)
+
+    def samples(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int) -> list[Sample]:
+        """What is to be scheduled: sample i of prompt p at p * n + i."""
+        context = self.policy.config.max_positions
+        limits = [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+        return [Sample(s, s // n, len(prompts[s // n]), limits[s // n]) for s in range(len(prompts) * n)]
+
+    def page_count(self, samples: Sequence[Sample]) -> int:
+        """As many pages as the caller says, or as `max_batch` of the longest samples can use within the memory."""
+        if self.pages is not None:
+            return self.pages
+        weight = self.policy.trunk.embed.tokens.weight
+        needs = sorted((-(-sample.longest // self.page_size) + 1 for sample in samples), reverse=True)
+        budget = _free_memory(weight.device) // 2 if self.cache_bytes is None else self.cache_bytes
+        fitting = budget // PagedCache.page_bytes(self.policy.config, self.page_size, weight.dtype)
+        return max(1, min(sum(needs[: self.max_batch]), fitting))
 
     def take_cache(self, pages: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
         """A cache of `pages` pages, all free: the one of the call before where it serves, as fresh memory is slow to touch."""
@@ -403,19 +421,14 @@ class _Run:
     def __init__(
         self, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, ids: Tensor
     ) -> None:
-        config = generator.policy.config
-        self.generator, self.policy, self.sampling, self.n, self.prompts = (
-            generator,
-            generator.policy,
-            sampling,
-            n,
-            prompts,
-        )
+        self.generator, self.policy, self.sampling = generator, generator.policy, sampling
+        self.n, self.prompts = n, prompts
         weight = self.policy.trunk.embed.tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sample_ids = ids
         self.prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64).repeat_interleave(n)
-        self.limits = (config.max_positions - self.prompt_lengths).clamp(max=sampling.max_new_tokens)
+        room = generator.policy.config.max_positions - self.prompt_lengths
+        self.limits = room.clamp(max=sampling.max_new_tokens)
         self.eos = _eos_ids(self.policy, sampling)
         self.ends = torch.tensor([*self.eos, *sampling.stop_ids], dtype=torch.int64, device=self.device)
         self.banned = torch.tensor(sampling.banned_ids, dtype=torch.int64, device=self.device)
@@ -429,22 +442,9 @@ class _Run:
         self.programs: dict[int, DecodeProgram] = {}  # by the number of rows
         self.rows = self.steps_alike = 0
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
-        pairs = zip(self.prompt_lengths.tolist(), self.limits.tolist(), strict=True)
-        samples = [Sample(s, s // n, length, limit) for s, (length, limit) in enumerate(pairs)]
-        self.cache = self._make_cache(samples)
+        samples = generator.samples(prompts, sampling, n)
+        self.cache = generator.take_cache(generator.page_count(samples), self.dtype, self.device)
         self.scheduler = Scheduler(self.cache.pages, samples, generator.max_batch, generator.prefill_tokens)
-
-    def _make_cache(self, samples: list[Sample]) -> PagedCache:
-        """As many pages as the caller says, or as `max_batch` of the longest samples can use within the memory."""
-        generator, config = self.generator, self.policy.config
-        size = generator.page_size
-        pages = generator.pages
-        if pages is None:
-            needs = sorted((-(-sample.longest // size) + 1 for sample in samples), reverse=True)
-            bytes_of_page = PagedCache.page_bytes(config, size, self.dtype)
-            budget = _free_memory(self.device) // 2 if generator.cache_bytes is None else generator.cache_bytes
-            pages = max(1, min(sum(needs[: generator.max_batch]), budget // bytes_of_page))
-        return generator.take_cache(pages, self.dtype, self.device)
 
     def start(self) -> None:
         """Room for the outputs, and nobody live yet."""

@@ -191,6 +191,50 @@ TEST(sample_gives_the_same_bits_on_any_number_of_threads_and_any_instruction_set
     }
 }
 
+template <typename T>
+int64_t score(const Batch<T>& batch, const Buffer<int64_t>& tokens, float inverse, Buffer<float>& out, int threads) {
+    const DType dtype = sizeof(T) == sizeof(bf16) ? DType::bfloat16 : DType::float32;
+    return cpu().sampled_logprob(batch.logits.data(), dtype, tokens.data(), inverse, batch.rows, batch.vocab,
+                                 batch.stride, out.data(), threads);
+}
+
+template <typename T>
+void check_scores(int64_t vocab) {
+    const Batch<T> batch(6, vocab, 3);
+    for (const SampleOptions& options : settings) {
+        if (options.top_k != 0 || options.top_p < 1.0 || options.log_min_p > no_min_p) continue;
+        const Found found = run(batch, options);
+        for (const int threads : {1, 3}) {
+            Buffer<float> scores(batch.rows);
+            CHECK_EQUAL(score(batch, found.tokens, options.inverse_temperature, scores, threads), -1);
+            CHECK_SAME_BITS(scores, found.logprobs);
+        }
+    }
+}
+
+TEST(sampled_logprob_is_what_the_token_was_drawn_with) {
+    for (const int64_t vocab : odd_sizes()) {
+        if (vocab == 0) continue;
+        Note note("vocab = ", vocab);
+        check_scores<float>(vocab);
+        check_scores<bf16>(vocab);
+    }
+    check_scores<float>(50257);
+}
+
+TEST(sampled_logprob_names_the_first_bad_row) {
+    Batch<float> batch(4, 33);
+    batch.row(1)[32] = std::numeric_limits<float>::quiet_NaN();
+    batch.row(3)[0] = infinity;
+    const Buffer<int64_t> tokens(4, [](int64_t b) { return b; });
+    for (const int threads : {1, 2}) {
+        Buffer<float> scores(4);
+        CHECK_EQUAL(score(batch, tokens, 1.0f, scores, threads), 1);
+        CHECK(std::isfinite(scores[0]) && std::isfinite(scores[2]));
+        CHECK(std::isnan(scores[1]) && std::isnan(scores[3]));
+    }
+}
+
 TEST(sample_names_the_first_bad_row_and_leaves_it_alone) {
     for (const int64_t vocab : odd_sizes()) {
         if (vocab == 0) continue;

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from pyrlhf import ops
 
 LENGTHS = {"one": [1], "ragged": [5, 0, 1, 7], "1023": [1023], "1000 sequences": [1] * 1000}
-PLAIN = ("decode_attention", "gae", "packed_linear", "sample")  # without gradient
+PLAIN = ("decode_attention", "gae", "packed_linear", "sample", "sampled_logprob")  # without gradient
 DIFFERENTIABLE = (
     *("activation", "attention", "layer_norm", "linear", "linear_logprob"),
     *("ppo_loss", "ranking_loss", "rms_norm", "rotary"),
@@ -51,6 +51,7 @@ def arguments(op: str, lengths: list[int]) -> tuple[list[Tensor], list[Any], dic
         "rms_norm": lambda: (floats((tokens, 8), (8,)), [], {"eps": 1e-5}),
         "rotary": lambda: (floats((tokens, 2, 4), (tokens, 1, 4)), [positions, torch.tensor([1.0, 0.1])], {}),
         "sample": lambda: (floats((tokens, 33)), [ids, positions], {"seed": 5, "top_p": 0.9}),
+        "sampled_logprob": lambda: (floats((tokens, 33)), [ids % 33], {"temperature": 0.7}),
     }
     return every[op]()
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pyrlhf.ops import sample, sample_ref
+from pyrlhf.ops import sample, sample_ref, sampled_logprob, sampled_logprob_ref
 from pyrlhf.ops._core import core
 from pyrlhf.ops.sample import _weigh
 
@@ -291,3 +291,56 @@ def test_registration_and_compilation() -> None:
     compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(logits, ids, positions), scaled(logits, ids, positions), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 5.0])
+@pytest.mark.parametrize("vocab", [1, 2, 31, 1023, 1025, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_log_prob_of_a_token_is_the_one_it_was_drawn_with(
+    isa: str, temperature: float, vocab: int, dtype: torch.dtype
+) -> None:
+    logits, ids, positions = rows(16, vocab)
+    logits = logits.to(dtype)
+    tokens, logprobs = sample(logits, ids, positions, seed=5, temperature=temperature)
+    wide = torch.full((16, vocab + 3), math.nan, dtype=dtype)
+    wide[:, :vocab] = logits
+    for seen in (logits, wide[:, :vocab]):
+        found = sampled_logprob(seen, tokens, temperature=temperature)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, logprobs)
+    with threads(1):
+        assert torch.equal(sampled_logprob(logits, tokens, temperature=temperature), logprobs)
+    assert torch.equal(sampled_logprob(logits[3:4], tokens[3:4], temperature=temperature), logprobs[3:4])
+    reference = sampled_logprob_ref(logits, tokens, temperature=temperature)
+    torch.testing.assert_close(logprobs, reference, rtol=2e-7, atol=1e-7)
+    exact = (logits.double() / (temperature or 1.0)).log_softmax(1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+def test_what_is_wrong_with_tokens_to_score_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYRLHF_BACKEND", backend)
+    logits, _, _ = rows(3, 5)
+    tokens = torch.tensor([0, 4, 2])
+    bad = logits.clone()
+    bad[1, 4] = math.nan
+    calls: list[tuple[type[Exception], str, tuple[Tensor, Tensor], dict[str, Any]]] = [
+        (ValueError, "tokens must be in .0, 5., found 5", (logits, tokens + 1), {}),
+        (ValueError, "tokens must be in .0, 5., found -1", (logits, tokens - 1), {}),
+        (TypeError, "tokens must be int64", (logits, tokens.int()), {}),
+        (ValueError, "tokens must have shape", (logits, tokens[:2]), {}),
+        (ValueError, "columns, found 0", (logits[:, :0], tokens), {}),
+        (ValueError, "temperature", (logits, tokens), {"temperature": -1.0}),
+        (ValueError, "row 1 holds NaN", (bad, tokens), {}),
+    ]
+    for error, message, arguments, options in calls:
+        with pytest.raises(error, match=message):
+            sampled_logprob(*arguments, **options)
+
+
+def test_scoring_is_registered() -> None:
+    logits, _, _ = rows(6, 50)
+    tokens = torch.arange(6)
+    torch.library.opcheck(torch.ops.pyrlhf.sampled_logprob.default, (logits, tokens, 0.7))
+    compiled = torch.compile(lambda x, t: sampled_logprob(x * 2, t) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, tokens), sampled_logprob(logits * 2, tokens) + 1)
