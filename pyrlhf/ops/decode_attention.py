@@ -114,6 +114,16 @@ def plan_decode(
     return DecodePlan(groups)
 
 
+def plan_on_device(
+    page_table: Tensor, seq_lens: Tensor, page_size: int, kv_heads: int, *, window: int | None = None
+) -> DecodePlan:
+    """`plan_decode` without a look at the lengths from the host, for CUDA graphs: every row, of at least one token, is given as
+    many places as the table or the window has."""
+    room = page_table.shape[1] * page_size
+    blocks = -(-room // _BLOCK) if window is None else min(-(-room // _BLOCK), -(-window // _BLOCK) + 1)
+    return DecodePlan([_group(None, max(blocks, 1), page_table, seq_lens, page_size, kv_heads, window)])
+
+
 def _group(
     rows: Tensor | None,
     blocks: int,

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrlhf import ops
 from pyrlhf.ops._core import use_core
 from pyrlhf.ops._memory import streamed
-from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
+from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode, plan_on_device
 from pyrlhf.ops.write_kv import store
 from pyrlhf.rollout.scheduler import Pages
 
@@ -101,7 +101,8 @@ class PagedDecode:
         if use_core(q):
             return attend(q, k_cache, v_cache, self._table, self._seq_lens, window, scale)
         if window not in self._plans:
-            self._plans[window] = plan_decode(self._table, self._seq_lens, *k_cache.shape[1:3], window=window)
+            plan = plan_on_device if q.is_cuda else plan_decode
+            self._plans[window] = plan(self._table, self._seq_lens, *k_cache.shape[1:3], window=window)
         return attend_planned(q, k_cache, v_cache, self._plans[window], scale)
 
 

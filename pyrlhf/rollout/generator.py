@@ -567,17 +567,16 @@ class _Run:
     def _next_logits(self) -> Tensor:
         """Logits of the next token of every live sequence, by a recorded step where the batch keeps its size."""
         inputs = self.live.tokens, self.live.positions, self.live.table
-        rows = len(self.live.tokens)
+        rows = _bucket(len(self.live.tokens), self.device)
         self.steps_alike = self.steps_alike + 1 if rows == self.rows else 1
         self.rows = rows
-        if rows in self.programs:
-            return self.programs[rows].logits(*inputs)
-        if self.steps_alike < _STEPS_ALIKE or not use_core(self.policy.trunk.embed.tokens.weight):
-            return self._step(*inputs)
-        if len(self.programs) == _PROGRAMS:
-            self.programs.pop(next(iter(self.programs)))
-        program = self.programs[rows] = DecodeProgram(self._step, *inputs)
-        return program.first
+        if rows not in self.programs:
+            if self.steps_alike < _STEPS_ALIKE or not _recordable(self.policy):
+                return self._step(*inputs)
+            if len(self.programs) == _PROGRAMS:
+                self.programs.pop(next(iter(self.programs)))
+            self.programs[rows] = DecodeProgram(self._step, rows, *inputs)
+        return self.programs[rows].logits(*inputs)
 
     def _step(self, tokens: Tensor, positions: Tensor, table: Tensor) -> Tensor:
         hidden = self.policy.decode(tokens, positions, PagedDecode(self.cache, table, positions))
@@ -690,6 +689,18 @@ class _Run:
             peak_pages=cache.pages.most_used,
             cache_bytes=cache.bytes,
         )
+
+
+def _bucket(rows: int, device: torch.device) -> int:
+    """Rows of the recorded step that serves so many: on CUDA a few sizes, where a row more costs nothing; on the CPU their own."""
+    if device.type == "cpu":
+        return rows
+    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+
+
+def _recordable(policy: CausalLM) -> bool:
+    weight = policy.trunk.embed.tokens.weight
+    return weight.is_cuda or use_core(weight)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -3,7 +3,8 @@
 In a small model most of a step is Python: finding modules, checking arguments, allocating results. All of that comes out the same
 every time as long as the batch has the same number of rows and the tensors stay where they are. So a step is recorded while it
 runs: each call of the core with its addresses, each call of torch that computes something with the tensor it gave. Running the
-program makes the same calls in the same order, on the same memory, with the same bits. It is to the CPU what a CUDA graph is to a GPU.
+program makes the same calls in the same order, on the same memory, with the same bits. It is to the CPU what a CUDA graph is to a GPU,
+and on a GPU it is one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,6 +44,24 @@ class Program:
     def run(self) -> Tensor:
         for function, arguments in self._calls:
             function(*arguments)
+        return self.output
+
+
+class Graph:
+    """The same on CUDA: the kernels of `step` as a CUDA graph. Whatever it computes from must live on the device."""
+
+    def __init__(self, step: Callable[[], Tensor]) -> None:
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()  # libraries allocate and choose their kernels at the first call
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self.output = step()
+
+    def run(self) -> Tensor:
+        self._graph.replay()
         return self.output
 
 
@@ -86,28 +106,36 @@ def _recompute(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mad
 
 
 class DecodeProgram:
-    """A decode step of a fixed number of rows.
+    """A decode step of a fixed number of rows. Fewer can be asked for: the last one then stands for those that are missing.
 
     Args:
-        step: (tokens, positions, table) -> logits.
-        tokens, positions, table: of the step that is computed while it is recorded.
-
-    Attributes:
-        first: the logits of that step.
+        step: (tokens, positions, table) -> logits; calling it again with the same changes nothing.
+        rows: how many.
+        tokens, positions, table: of a step, to be recorded with.
     """
 
     def __init__(
-        self, step: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: Tensor, positions: Tensor, table: Tensor
+        self,
+        step: Callable[[Tensor, Tensor, Tensor], Tensor],
+        rows: int,
+        tokens: Tensor,
+        positions: Tensor,
+        table: Tensor,
     ) -> None:
-        self._inputs = tokens.clone(), positions.clone(), table.clone()
-        self._program = Program(lambda: step(*self._inputs))
-        self.first = self._program.output
+        self._rows = torch.arange(rows, device=tokens.device)
+        self._inputs = [self._filled(x) for x in (tokens, positions, table)]
+        kind = Graph if tokens.is_cuda else Program
+        self._program = kind(lambda: step(*self._inputs))
 
     def logits(self, *inputs: Tensor) -> Tensor:
-        """Of another step: tokens, positions and table. The next call writes into the same memory."""
+        """Of a step with these tokens, positions and table. The next call writes into the same memory."""
         for own, new in zip(self._inputs, inputs, strict=True):
-            own.copy_(new)
-        return self._program.run()
+            own.copy_(new if len(new) == len(own) else self._filled(new))
+        return self._program.run()[: len(inputs[0])]
+
+    def _filled(self, x: Tensor) -> Tensor:
+        missing = len(self._rows) - len(x)
+        return x.clone() if not missing else x[self._rows.clamp(max=len(x) - 1)]
 
 
-__all__ = ["DecodeProgram", "Program"]
+__all__ = ["DecodeProgram", "Graph", "Program"]

@@ -69,7 +69,7 @@ def test_generation_by_recorded_steps_is_the_same(
     class Counted(DecodeProgram):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            made.append(len(args[1]))
+            made.append(args[1])
 
         def logits(self, *inputs: Tensor) -> Tensor:
             spoil_free_memory()
@@ -84,6 +84,43 @@ def test_generation_by_recorded_steps_is_the_same(
     plain = Generator(policy, page_size=4, max_batch=5).generate(prompts, sampling, n=3)
     assert recorded.tokens.tolist() == plain.tokens.tolist()
     assert torch.equal(recorded.logprobs, plain.logprobs)
+
+
+def test_a_program_of_more_rows_serves_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where a graph serves every number of rows up to its own."""
+    policy, prompts = model("llama", torch.float32), [[i, i + 1] for i in range(9)]
+    sampling = Sampling(max_new_tokens=20, seed=1, eos_id=-1)
+    plain = Generator(policy, max_batch=7).generate(prompts, sampling)
+    sizes: set[int] = set()
+
+    def bucket(rows: int, device: torch.device) -> int:
+        sizes.add(-(-rows // 4) * 4)
+        return -(-rows // 4) * 4
+
+    monkeypatch.setattr(generator, "_bucket", bucket)
+    filled = Generator(policy, max_batch=7).generate(prompts, sampling)
+    assert sizes == {4, 8}
+    assert filled.tokens.tolist() == plain.tokens.tolist()
+    assert torch.equal(filled.logprobs, plain.logprobs)
+
+
+def test_buckets_on_cuda_are_few() -> None:
+    sizes = {generator._bucket(rows, torch.device("cuda")) for rows in range(1, 65)}
+    assert sizes == {1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64}
+    assert all(generator._bucket(rows, torch.device("cuda")) >= rows for rows in range(1, 300))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_generation_by_cuda_graphs_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = model(kind, torch.float32).cuda()
+    sampling = Sampling(max_new_tokens=24, temperature=0.0)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
+    captured = Generator(policy, page_size=4).generate(prompts, sampling)
+    monkeypatch.setattr(generator, "_STEPS_ALIKE", 10**9)
+    eager = Generator(policy, page_size=4).generate(prompts, sampling)
+    assert captured.tokens.tolist() == eager.tokens.tolist()
+    torch.testing.assert_close(captured.logprobs, eager.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_few_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
