@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import IO
 
@@ -121,12 +120,4 @@ def _say(chat: Chat, text: str, out: IO[str]) -> None:
     out.write("\n")
 
 
-def open_chat(args: argparse.Namespace, sampling: Sampling) -> Chat:
-    """The chat that the command line asks for."""
-    from pyrlhf.commands import load_policy
-
-    policy, tokenizer = load_policy(args, args.model)
-    return Chat(Generator(policy, tokenizer=tokenizer), tokenizer, sampling, args.system)
-
-
-__all__: Sequence[str] = ["HELP", "Chat", "converse", "open_chat"]
+__all__ = ["HELP", "Chat", "converse"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pyrlhf.chat import Chat, open_chat
+from pyrlhf.chat import Chat
 from pyrlhf.data import (
     DataConfig,
     EncodedPrompt,
@@ -67,7 +67,8 @@ def generate(args: argparse.Namespace) -> Iterator[str]:
 
 def chat(args: argparse.Namespace) -> Chat:
     """The conversation that the terminal then holds."""
-    return open_chat(args, sampling_of(args))
+    policy, tokenizer = load_policy(args, args.model)
+    return Chat(Generator(policy, tokenizer=tokenizer), tokenizer, sampling_of(args), args.system)
 
 
 def _answer_lines(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
-from pyrlhf.rollout.generator import Finished, Generator, Rollouts, Sampling, Timings
+from pyrlhf.rollout.generator import Generator
+from pyrlhf.rollout.rollouts import Finished, Rollouts, Sampling, Timings
 from pyrlhf.rollout.weights import DecodeWeights
 
 __all__ = [
