@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pyrlhf.engine.zero import EngineConfig, OptimizerConfig, World, ZeroEngine, init_world
@@ -86,7 +84,7 @@ class HybridEngine(ZeroEngine):
         return rollouts
 
     def report(self) -> dict[str, float]:
-        """Numbers of this rank's last `generate`, and the most memory that the process has held so far."""
+        """Numbers of this rank's last `generate`."""
         t = self.timings
         return {
             "rollout/refresh_seconds": t.refresh_seconds,
@@ -97,7 +95,6 @@ class HybridEngine(ZeroEngine):
             "rollout/cache_bytes": t.cache_bytes,
             "rollout/peak_pages": t.peak_pages,
             "rollout/preemptions": t.preemptions,
-            "memory/peak_bytes": _peak_memory(self.world.device),
         }
 
     def _agree(self, check: Callable[[], None]) -> None:
@@ -124,9 +121,3 @@ class HybridEngine(ZeroEngine):
             yield
         finally:
             self.reload_states()
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -165,7 +165,6 @@ def test_what_it_tells(world: World) -> None:
     )
     assert report["rollout/tokens_per_second"] > 0
     assert report["rollout/cache_bytes"] > 0
-    assert report["memory/peak_bytes"] > 50_000_000
     assert engine.timings.new_tokens == 48
 
 

@@ -27,6 +27,8 @@ NUMBERS = {
     *("tokens_per_second/rollout", "tokens_per_second/training", "tokens_per_second"),
     *("seconds/rollout", "seconds/experience", "seconds/training", "seconds", "peak_memory_gib", "skipped_steps"),
     *("mismatch/mean", "mismatch/max", "mismatch/k3"),
+    *("rollout/refresh_seconds", "rollout/refresh_bytes", "rollout/prefill_seconds", "rollout/decode_seconds"),
+    *("rollout/tokens_per_second", "rollout/cache_bytes", "rollout/peak_pages", "rollout/preemptions"),
 }
 
 
@@ -60,6 +62,17 @@ def test_at_update_0_the_ratio_is_1(house: tiny.House, tmp_path: Path) -> None:
     assert abs(line["approx_kl"]) <= 1e-5
     assert line["clip_fraction"] == 0
     assert line["mismatch/max"] <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_exact_makes_the_ratio_1_to_the_last_bit(house: tiny.House, tmp_path: Path, dtype: str) -> None:
+    """At every update the sampler's log-probs are training's, and the first minibatch's ratios are exactly 1."""
+    settings = {"minibatches": 2, "temperature": 0.7, "tokens_per_microbatch": 30}
+    for line in run(house, tmp_path, updates=3, exact=True, dtype=dtype, **settings):
+        assert line["mismatch/max"] == 0.0
+        assert line["first_ratio_max"] == 1.0
+        assert line["first_approx_kl"] == 0.0
+        assert line["grad_norm"] > 0
 
 
 def test_files_that_ppo_leaves(house: tiny.House, tmp_path: Path) -> None:

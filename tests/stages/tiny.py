@@ -139,7 +139,7 @@ def run_ppo(house: House, folder: Path, *, model: str = "model", **settings: Any
     """PPO from a tiny random policy against a tiny random reward model."""
     engine = {
         name: settings.pop(name)
-        for name in ("zero_stage", "tokens_per_microbatch", "metrics", "dtype")
+        for name in ("zero_stage", "tokens_per_microbatch", "metrics", "dtype", "exact")
         if name in settings
     }
     start = house.folder / model
