@@ -46,6 +46,8 @@ class HybridEngine(ZeroEngine):
             raise ValueError(
                 "exact: expected device 'cpu', found 'cuda'; sampling and training share kernels there only"
             )
+        if config.exact and any(hasattr(module, "base_layer") for module in policy.modules()):
+            raise ValueError("exact: expected a policy without adapters, found LoRA's; training would not fold them in")
         super().__init__(policy, world or init_world(config), config, optimizer, total_steps)
         self._weights = DecodeWeights(policy, kept=config.exact)
         policy.tokenwise = config.exact

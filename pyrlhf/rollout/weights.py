@@ -120,17 +120,22 @@ def _folded(layer: Any, adapter: Any, gather: Gather, pack: Callable[[Any], None
             pack(layer)
         yield
         return
-    own = list(adapter.parameters())
-    with gather(own):
-        weight, kept = layer.weight, layer.weight.data
+    weight = layer.weight
+    with gather(list(adapter.parameters())):
+        kept = weight.data
         weight.data = kept.clone()
-        adapter.merge()
-        pack(layer)
+        try:
+            adapter.merge()
+            pack(layer)
+        except BaseException:
+            weight.data = kept
+            adapter.merged_adapters.clear()
+            raise
         if layer.packed is not None:
             weight.data = kept
     try:
         yield
     finally:
-        adapter.merged_adapters.clear()  # nothing is subtracted: the weight that was never changed comes back
         if layer.packed is None:
             weight.data = kept
+        adapter.merged_adapters.clear()  # nothing is subtracted: the weight that was never changed is back

@@ -227,3 +227,24 @@ def test_lora_trains_between_rollouts(world: World, stage: Any) -> None:
     assert any(not torch.equal(after[name], weight) for name, weight in before.items())
     delta = (trained_view(engine, second, 1.0).detach() - second.logprobs).abs()
     assert float(delta.max()) < 1e-4
+
+
+def test_a_bad_adapter_is_named_and_the_weights_stay(world: World) -> None:
+    policy = with_lora()
+    engine = HybridEngine(policy, EngineConfig(device="cpu"), world=world)
+    name, broken = next((n, p) for n, p in policy.named_parameters() if "lora_B" in n and "layers.1" in n)
+    good = broken.detach().clone()
+    before = {n: p.detach().clone() for n, p in policy.named_parameters() if n != name}
+    torch.nn.init.constant_(broken, math.nan)
+    with pytest.raises(ValueError, match=r"found NaN or infinity in trunk\.layers\.1"):
+        engine.generate(prompts(), Sampling(max_new_tokens=4))
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters() if n != name)
+    with torch.no_grad():
+        broken.copy_(good)
+    out = engine.generate(prompts(), Sampling(max_new_tokens=4, seed=1))
+    assert torch.equal(out.logprobs, Generator(policy).generate(prompts(), Sampling(max_new_tokens=4, seed=1)).logprobs)
+
+
+def test_exact_refuses_adapters(world: World) -> None:
+    with pytest.raises(ValueError, match="exact: expected a policy without adapters"):
+        HybridEngine(with_lora(), EngineConfig(device="cpu", exact=True), world=world)
