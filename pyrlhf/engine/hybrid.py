@@ -89,11 +89,10 @@ class HybridEngine(ZeroEngine):
         """Numbers of this rank's last `generate`."""
         t = self.timings
         return {
-            "rollout/refresh_seconds": t.refresh_seconds,
+            "seconds/refresh": t.refresh_seconds,
+            "seconds/prefill": t.prefill_seconds,
+            "seconds/decode": t.decode_seconds,
             "rollout/refresh_bytes": t.refresh_bytes,
-            "rollout/prefill_seconds": t.prefill_seconds,
-            "rollout/decode_seconds": t.decode_seconds,
-            "rollout/tokens_per_second": t.tokens_per_second,
             "rollout/cache_bytes": t.cache_bytes,
             "rollout/peak_pages": t.peak_pages,
             "rollout/preemptions": t.preemptions,

@@ -547,7 +547,7 @@ class _Run:
             new_tokens=int(self.lengths.sum()),
             preemptions=self.scheduler.preemptions,
             peak_pages=cache.pages.most_used,
-            cache_bytes=cache.bytes,
+            cache_bytes=cache.pages.count * cache.page_bytes(self.policy.config, cache.pages.size, self.dtype),
         )
 
 

@@ -163,8 +163,9 @@ def test_what_it_tells(world: World) -> None:
     assert report["rollout/refresh_bytes"] >= 4 * sum(
         m.weight.numel() for m in engine.module.modules() if isinstance(m, nn.Linear)
     )
-    assert report["rollout/tokens_per_second"] > 0
-    assert report["rollout/cache_bytes"] > 0
+    assert all(report[f"seconds/{phase}"] > 0 for phase in ("refresh", "prefill", "decode"))
+    pages = sum(-(-(len(p) + 7) // 32) + 1 for p in prompts())
+    assert report["rollout/cache_bytes"] == pages * 2 * 2 * 32 * 64 * 4
     assert engine.timings.new_tokens == 48
 
 

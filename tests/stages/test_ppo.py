@@ -27,8 +27,8 @@ NUMBERS = {
     *("tokens_per_second/rollout", "tokens_per_second/training", "tokens_per_second"),
     *("seconds/rollout", "seconds/experience", "seconds/training", "seconds", "peak_memory_gib", "skipped_steps"),
     *("mismatch/mean", "mismatch/max", "mismatch/k3"),
-    *("rollout/refresh_seconds", "rollout/refresh_bytes", "rollout/prefill_seconds", "rollout/decode_seconds"),
-    *("rollout/tokens_per_second", "rollout/cache_bytes", "rollout/peak_pages", "rollout/preemptions"),
+    *("seconds/refresh", "seconds/prefill", "seconds/decode"),
+    *("rollout/refresh_bytes", "rollout/cache_bytes", "rollout/peak_pages", "rollout/preemptions"),
 }
 
 
