@@ -177,8 +177,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is None:
             return ops.linear(x, self.weight, self.bias)
-        y = ops.packed_linear(x, self.packed, self.bias)
-        return carried(y, ops.linear(x, self.weight, self.bias)) if torch.is_grad_enabled() else y
+        if not torch.is_grad_enabled():  # while generating under ZeRO 3 there is no weight
+            return ops.packed_linear(x, self.packed, self.bias)
+        return ops.linear(x, self.weight, self.bias, packed=self.packed)
 
 
 class Rotary(nn.Module):

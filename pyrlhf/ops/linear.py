@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from pyrlhf.ops._checks import check_tensor, float_dtypes
 from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
 from pyrlhf.ops._library import define, eager_function
+from pyrlhf.ops.packed_linear import PackedWeight, packed_linear
 
 LARGE = 1 << 18  # elements of a weight from which the 15 us that a call of oneDNN costs are earned back
 MANY_ROWS = 1024  # from which turning x and the weight over, too, is earned back (float32)
@@ -32,13 +33,16 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, packed: PackedWeight | None = None) -> Tensor:
     """``x @ weight.T + bias`` over the last dimension; differentiable, once, in x, weight and bias.
 
     x: ``[..., K]``, any float dtype; weight: ``[N, K]`` and bias: ``[N]`` of the same dtype. Returns ``[..., N]``.
     It is ``F.linear`` for small weights, on CUDA, for other dtypes than float32 and bfloat16 and under autocast. A weight
-    meets one library whatever the number of rows. Raises ValueError or TypeError naming the argument.
+    meets one library whatever the number of rows. With ``packed``, made of weight by `pack_weight`, the values are
+    `packed_linear`'s, bit for bit, and the gradients as without. Raises ValueError or TypeError naming the argument.
     """
+    if packed is not None:
+        return _by_panels(x, weight, bias, packed)
     if isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)  # it casts, also what does not fit together
     _check(x, weight, bias)
@@ -47,6 +51,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     y: Tensor = _choose(rows, weight, bias)(rows, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _by_panels(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
+    _check(x, weight, bias)
+    if (packed.out_features, packed.in_features) != tuple(weight.shape):
+        found = [packed.out_features, packed.in_features]
+        raise ValueError(f"linear: packed must be made of a weight {list(weight.shape)}, found one of {found}")
+    rows = x.reshape(-1, x.shape[-1])
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    y: Tensor = _Panels.apply(rows, weight, bias, packed) if wanted else packed_linear(rows, packed, bias)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _Panels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return packed_linear(x, packed, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
+        if not use_core(grad, x, weight):
+            found = (grad @ weight, None if x is None else grad.t() @ x, grad.sum(0))
+        else:
+            found = _gradients(grad, x, weight, wanted)
+        return *(g if want else None for g, want in zip(found, wanted, strict=True)), None
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from pyrlhf.ops import linear, linear_ref
+from pyrlhf.ops import linear, linear_ref, pack_weight, packed_linear
 from pyrlhf.ops._core import core
 
 implementation = importlib.import_module("pyrlhf.ops.linear")
@@ -381,3 +381,42 @@ def test_a_nan_stays_in_its_place(isa: str) -> None:
     sums = torch.empty(70)
     assert implementation._turned(t, sums).isnan().nonzero().tolist() == [[50, 40]]
     assert sums.isnan().nonzero().flatten().tolist() == [50]
+
+
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 33, 17), (3, 7, 64, 130), (70, 768, 512)], ids=str)
+def test_values_of_a_packed_weight_have_the_gradient_of_the_layer(
+    shape: tuple[int, ...], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYRLHF_BACKEND", backend)
+    *rows, k, n = shape
+    draw = torch.Generator().manual_seed(1)
+    x, weight, bias, grad = (
+        torch.randn(size, generator=draw).to(dtype) for size in ((*rows, k), (n, k), (n,), (*rows, n))
+    )
+    packed = pack_weight(weight, dtype)
+
+    def run(**how: Any) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = linear(*leaves, **how)
+        y.backward(grad)
+        return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
+
+    found, plain = run(packed=packed), run()
+    assert equal(found[0], packed_linear(x.view(-1, k), packed, bias).view(*rows, n))
+    with torch.no_grad():
+        assert equal(found[0], linear(x, weight, bias, packed=packed))
+    for a, b in zip(found[1:], plain[1:], strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).float().norm()) <= (1e-6 if dtype is torch.float32 else 1e-2) * float(b.float().norm())
+    frozen = linear(x.clone().requires_grad_(), weight, packed=packed)
+    frozen.sum().backward()
+    assert weight.grad is None
+
+
+def test_a_packed_weight_of_another_layer_is_named() -> None:
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(5, 8)
+    for shape in ((5, 9), (6, 8)):
+        with pytest.raises(ValueError, match=r"linear: packed must be made of a weight \[5, 8\], found one of"):
+            linear(x, weight, packed=pack_weight(torch.randn(shape), torch.float32))
