@@ -26,7 +26,8 @@ class Chat:
 
     def __init__(self, generator: Generator, tokenizer: Tokenizer, sampling: Sampling, system: str = "") -> None:
         stops = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        strings = () if tokenizer.fast.chat_template else (_TURN,)
+        turns = () if tokenizer.fast.chat_template else (_TURN,)
+        strings = (*sampling.stop_strings, *turns)
         self.sampling = replace(sampling, stop_ids=(*sampling.stop_ids, *stops), stop_strings=strings)
         self.generator, self.tokenizer = generator, tokenizer
         self._opening: Messages = (Message("system", system),) if system else ()
@@ -59,7 +60,8 @@ class Chat:
             if len(safe) > len(told) and safe.startswith(told):
                 yield safe[len(told) :]
                 told = safe
-        whole = whole.removesuffix(_TURN) if self.sampling.stop_strings else whole
+        for stop in self.sampling.stop_strings:
+            whole = whole.removesuffix(stop)
         if len(whole) > len(told) and whole.startswith(told):
             yield whole[len(told) :]
         self.turns = (*self.turns, Message("assistant", whole.strip()))

@@ -39,7 +39,7 @@ from pyrlhf.evaluate import (
     score_rankings,
     win_rate,
 )
-from pyrlhf.metrics import Progress, read_lines
+from pyrlhf.metrics import Progress, drop_torn_line, read_lines, rewrite
 from pyrlhf.model import CausalLM, ScalarModel
 from pyrlhf.rollout import Generator, Sampling
 from pyrlhf.rounds import load_labeller
@@ -115,8 +115,7 @@ def _resume(output: Path, settings: Mapping[str, Any], *, fresh: bool) -> int:
         raise SettingsError(
             f"{partial} holds answers of an interrupted run with other settings ({', '.join(changed)}); use those, or --fresh"
         )
-    whole = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)  # without a line that was torn
-    partial.write_text(whole, encoding="utf-8")
+    drop_torn_line(partial)
     return len(kept) - 1
 
 
@@ -129,9 +128,8 @@ def _write_lines(output: Path, lines: Iterator[str], *, total: int, done: int) -
             file.write(line)
             file.flush()
             bar.advance(1)
-    answers = partial.read_text(encoding="utf-8").partition("\n")[2]  # without the settings
-    partial.write_text(answers, encoding="utf-8")
-    os.replace(partial, output)
+    rewrite(output, read_lines(partial)[1:])  # without the settings
+    partial.unlink()
 
 
 def _digest(prompts: Sequence[EncodedPrompt]) -> str:

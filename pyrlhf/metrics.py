@@ -54,7 +54,7 @@ class Metrics:
         if is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in (self.path, self.samples_path):
-                _drop_torn_line(path)
+                drop_torn_line(path)
 
     @property
     def path(self) -> Path:
@@ -104,7 +104,7 @@ class Metrics:
         for path in (self.path, self.samples_path):
             lines = [line for line in read_lines(path) if line.get("step", 0) <= step]
             if path.exists():
-                _rewrite(path, lines)
+                rewrite(path, lines)
         self._purge_step = step + 1
 
     @contextlib.contextmanager
@@ -316,14 +316,15 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
-def _rewrite(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    _append(partial, lines)
-    os.replace(partial, path)
+def rewrite(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Make ``lines`` the whole file in one move: whoever reads it, or dies meanwhile, has the old or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    _append(new, lines)
+    os.replace(new, path)
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """A process killed while writing leaves half a line; what follows it would be unreadable."""
     if not path.exists():
         return

@@ -60,6 +60,13 @@ def test_characters_come_whole_and_stop_strings_not_at_all(
     assert len(pieces) > 5
 
 
+def test_the_user_s_own_stop_strings_are_kept(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = make(tokenizer, stop_strings=("mat.",))
+    assert chat.sampling.stop_strings == ("mat.", "\n\nuser:")
+    says(chat, monkeypatch, "the cat sat on the mat.")
+    assert "".join(chat.answer("x")) == "the cat sat on the "
+
+
 def test_the_oldest_turns_make_room(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = make(tokenizer, context=120)
     asked = says(chat, monkeypatch, "the cat sat")
