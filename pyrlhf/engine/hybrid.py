@@ -51,8 +51,7 @@ class HybridEngine(ZeroEngine):
         super().__init__(policy, world or init_world(config), config, optimizer, total_steps)
         self._weights = DecodeWeights(policy, kept=config.exact)
         policy.tokenwise = config.exact
-        gather = self._whole if self.sharded else None
-        self._generator = Generator(policy, max_batch=max_batch, gather=gather, weights=self._weights)
+        self._generator = Generator(policy, max_batch=max_batch, gather=self._whole, weights=self._weights)
         self.timings = Timings()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -20,7 +20,7 @@ from pyrlhf.rollout.program import DecodeProgram
 from pyrlhf.rollout.rollouts import Finished, Rollouts, Sampling, Timings
 from pyrlhf.rollout.scheduler import Admission, Growth, Pages, Scheduler
 from pyrlhf.rollout.scheduler import Sequence as Sample
-from pyrlhf.rollout.weights import DecodeWeights, Gather
+from pyrlhf.rollout.weights import DecodeWeights, Gather, whole_already
 
 if TYPE_CHECKING:
     from pyrlhf.model import CausalLM
@@ -67,7 +67,7 @@ class Generator:
         prefill_tokens: int = 8192,
         cache_bytes: int | None = None,
         tokenizer: Decodes | None = None,
-        gather: Gather | None = None,
+        gather: Gather = whole_already,
         weights: DecodeWeights | None = None,
     ) -> None:
         if max_batch < 1:
@@ -79,7 +79,7 @@ class Generator:
         self.prefill_tokens, self.cache_bytes = prefill_tokens, cache_bytes
         self.tokenizer = tokenizer
         self.weights = weights or DecodeWeights(policy)
-        self._gather = {} if gather is None else {"gather": gather}
+        self._gather = gather
         self._cache: PagedCache | None = None  # of an earlier call, while nobody uses it
 
     def generate(
@@ -129,9 +129,9 @@ class Generator:
         run = self._begin([prompt], sampling, 1, [sample_id])
         told = 0
         for _ in self._steps(run):
-            for column in range(told, run.columns):
-                yield int(run.tokens[0, column])
-            told = run.columns
+            drawn = run.scheduler.drawn(run.samples[0])
+            yield from run.tokens[0, told:drawn].tolist()
+            told = drawn
 
     def _begin(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, sample_ids: Sequence[int] | Tensor | None
@@ -184,7 +184,7 @@ class Generator:
 
     def _steps(self, run: _Run) -> Iterator[None]:
         """Runs to the end, yielding after each prefill and each decode step."""
-        with _evaluating(self.policy), self.weights.in_use(**self._gather):
+        with _evaluating(self.policy), self.weights.in_use(self._gather):
             run.start()
             while run.scheduler.unfinished:
                 with torch.no_grad():
@@ -286,25 +286,23 @@ class _Run:
         weight = self.policy.trunk.embed.tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sample_ids = ids
-        self.prompt_lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64).repeat_interleave(n)
-        room = generator.policy.config.max_positions - self.prompt_lengths
-        self.limits = room.clamp(max=sampling.max_new_tokens)
+        self.samples = generator.samples(prompts, sampling, n)
+        self.prompt_lengths = torch.tensor([s.prompt_length for s in self.samples], dtype=torch.int64)
+        self.limits = torch.tensor([s.limit for s in self.samples], dtype=torch.int64)
         self.eos = _eos_ids(self.policy, sampling)
         self.ends = torch.tensor([*self.eos, *sampling.stop_ids], dtype=torch.int64, device=self.device)
         self.banned = torch.tensor(sampling.banned_ids, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
         self.reasons = [""] * len(ids)
         self.ended: list[Finished] = []
-        self.columns = 0  # of the outputs that hold a token
         self.begun = time.perf_counter()
         self.seconds = {"prefill": 0.0, "decode": 0.0, "first_token": 0.0}
         self.prompt_tokens = 0
         self.programs: dict[int, DecodeProgram] = {}  # by the number of rows
         self.rows = self.steps_alike = 0
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
-        samples = generator.samples(prompts, sampling, n)
-        self.cache = generator.take_cache(generator.page_count(samples), self.dtype, self.device)
-        self.scheduler = Scheduler(self.cache.pages, samples, generator.max_batch, generator.prefill_tokens)
+        self.cache = generator.take_cache(generator.page_count(self.samples), self.dtype, self.device)
+        self.scheduler = Scheduler(self.cache.pages, self.samples, generator.max_batch, generator.prefill_tokens)
 
     def start(self) -> None:
         """Room for the outputs, and nobody live yet."""
@@ -412,9 +410,7 @@ class _Run:
         before = list(self.scheduler.live)
         growth = self.scheduler.grow()
         if len(self.scheduler.live) < len(before):
-            self.live = self.live.keep(
-                torch.tensor([i for i, s in enumerate(before) if s.live], device=self.device).long()
-            )
+            self._keep_live(before)
         live = self.scheduler.live
         if growth:
             self._extend_tables(growth, live)
@@ -423,6 +419,11 @@ class _Run:
             self.scheduler.stepped()
             self._advance(slice(None), live, logits)
         self.seconds["decode"] += time.perf_counter() - begun
+
+    def _keep_live(self, before: list[Sample]) -> None:
+        """Drop the rows of those that were live before and are no longer."""
+        rows = torch.tensor([i for i, s in enumerate(before) if s.live], dtype=torch.int64)
+        self.live = self.live.keep(rows.to(self.device))
 
     def _next_logits(self) -> Tensor:
         """Logits of the next token of every live sequence, by a recorded step where the batch keeps its size."""
@@ -467,8 +468,6 @@ class _Run:
         self.tokens[index, columns] = tokens
         self.logprobs[index, columns] = logprobs
         live.tokens[where], live.positions[where], live.columns[where] = tokens, positions, columns
-        if self.n == 1 and len(self.sample_ids) == 1:
-            self.columns = self.scheduler.drawn(samples[0])
         ended = positions >= live.last[where]
         if len(self.ends):
             ended |= (tokens.unsqueeze(1) == self.ends).any(1)
@@ -505,7 +504,7 @@ class _Run:
     def _retire(self, ended: list[Sample]) -> None:
         before = list(self.scheduler.live)
         self.scheduler.finish(ended)
-        self.live = self.live.keep(torch.tensor([i for i, s in enumerate(before) if s.live], device=self.device).long())
+        self._keep_live(before)
         for sample in ended:
             i, n = sample.index, sample.drawn
             self.lengths[i] = n

@@ -99,19 +99,6 @@ class Sequence:
         return self.prompt_length + self.limit - 1
 
 
-@dataclass(eq=False)
-class HeldPrompt:
-    """A prompt whose keys and values stay in the cache because samples of it still wait.
-
-    Attributes:
-        pages: those of the prompt.
-        waiting: samples that have not been admitted yet.
-    """
-
-    pages: list[int]
-    waiting: int
-
-
 class Admission(NamedTuple):
     """What one prefill has to do, in this order.
 
@@ -157,7 +144,7 @@ class Scheduler:
         self.pages, self.max_batch, self.prefill_tokens = pages, max_batch, prefill_tokens
         self.waiting = deque(sequences)
         self.live: list[Sequence] = []
-        self.held: dict[int, HeldPrompt] = {}
+        self.held: dict[int, list[int]] = {}  # pages of prompts of which samples still wait
         self.preemptions = self.step = 0
         self._ages = 0
         self._due: dict[int, list[Sequence]] = {}  # step -> sequences that may then need a page
@@ -221,7 +208,7 @@ class Scheduler:
             sequence.pages = self.pages.take(self.pages.needed(sequence.prompt_length))
             admission.prompts.append(sequence)
         else:
-            sequence.pages = self.pages.share(held.pages)
+            sequence.pages = self.pages.share(held)
         if sequence.drawn:
             self._make_whole(sequence, admission)
             admission.resumed.append(sequence)
@@ -247,13 +234,10 @@ class Scheduler:
     def _count_sibling(self, sequence: Sequence) -> None:
         """Keep the prompt's pages while other samples of it wait; let go of them with the last one."""
         left = self._siblings[sequence.prompt] = self._siblings[sequence.prompt] - 1
-        held = self.held.get(sequence.prompt)
-        if held is None and left:
-            self.held[sequence.prompt] = HeldPrompt(self.pages.share(sequence.pages), left)
-        elif held is not None:
-            held.waiting = left
-            if not left:
-                self.pages.give_back(self.held.pop(sequence.prompt).pages)
+        if left and sequence.prompt not in self.held:
+            self.held[sequence.prompt] = self.pages.share(sequence.pages)
+        elif not left and sequence.prompt in self.held:
+            self.pages.give_back(self.held.pop(sequence.prompt))
 
     # -- decoding ---------------------------------------------------------------------------------------------------------
 
@@ -300,7 +284,7 @@ class Scheduler:
         """Let go of a prompt that is kept for waiting samples, the last one first; False if there is none but `keep`."""
         for prompt in reversed(self.held):
             if prompt != keep:
-                self.pages.give_back(self.held.pop(prompt).pages)
+                self.pages.give_back(self.held.pop(prompt))
                 return True
         return False
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Gather = Callable[[Sequence[nn.Parameter]], contextlib.AbstractContextManager[Any]]
 
 
-def _whole_already(parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+def whole_already(parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """The `Gather` of weights that are not sharded."""
     return contextlib.nullcontext()
 
 
@@ -49,7 +50,7 @@ class DecodeWeights:
         self.seconds, self.bytes = 0.0, 0
 
     @contextlib.contextmanager
-    def in_use(self, gather: Gather = _whole_already) -> Iterator[None]:
+    def in_use(self, gather: Gather = whole_already) -> Iterator[None]:
         """The policy generates from its present weights inside. They must not be written to there.
 
         Args:
@@ -69,7 +70,8 @@ class DecodeWeights:
             embedded = self._policy.trunk.embed.tokens.weight
             rest = [p for p in self._policy.parameters() if p not in packed or p is embedded]
             stack.enter_context(gather(rest))
-            self._check(rest)
+            for parameter in rest:
+                _check_finite(parameter, self._policy)
             self.seconds = time.perf_counter() - begun
             self.bytes = sum(w.panels.numel() * w.panels.element_size() for w in self._packed.values())
             yield
@@ -95,10 +97,6 @@ class DecodeWeights:
         else:
             self._packed[layer].update(weight)
         layer.packed = self._packed[layer]
-
-    def _check(self, parameters: Sequence[nn.Parameter]) -> None:
-        for parameter in parameters:
-            _check_finite(parameter, self._policy)
 
     def _detach(self) -> None:
         for layer in () if self._kept else self._packed:

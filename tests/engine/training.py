@@ -114,14 +114,14 @@ def gathers(world: World) -> dict[str, Any]:
     counts: dict[str, int] = {}
     names = {id(p): name for name, p in engine.module.named_parameters()}
     generator: Any = engine._generator
-    whole = generator._gather["gather"]
+    whole = generator._gather
 
     def counted(parameters: Any) -> Any:
         for p in parameters:
             counts[names[id(p)]] = counts.get(names[id(p)], 0) + 1
         return whole(parameters)
 
-    generator._gather["gather"] = counted
+    generator._gather = counted
     generate(engine)
     sharded = [p for p in engine.module.parameters() if p.ds_numel >= 10_000]  # smaller ones stay whole
     result = {"counts": counts, "whole": sum(p.numel() > 0 for p in sharded), "steps": engine.timings.steps}

@@ -40,7 +40,7 @@ def run(scheduler: Scheduler, ends: dict[int, int]) -> list[int]:
 
     def check_pages() -> None:
         holders = Counter(page for s in scheduler.live for page in s.pages)
-        holders.update(page for held in scheduler.held.values() for page in held.pages)
+        holders.update(page for held in scheduler.held.values() for page in held)
         assert scheduler.pages.free == scheduler.pages.count - len(holders)
         assert all(scheduler.pages.shared(page) == (count > 1) for page, count in holders.items())
 
