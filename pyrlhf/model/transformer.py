@@ -88,6 +88,10 @@ class TokenwiseAttention(PackedAttention):
     it is generated. The gradient is packed attention's.
     """
 
+    def __init__(self, cu_seqlens: Tensor, prefix: Tensor | None = None) -> None:
+        super().__init__(cu_seqlens, prefix)
+        self._pages: tuple[Tensor, Tensor, int, Tensor, Tensor] | None = None
+
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
     ) -> Tensor:
@@ -97,24 +101,34 @@ class TokenwiseAttention(PackedAttention):
         return carried(value, super().__call__(layer, q, k, v, causal=causal, window=window, scale=scale))
 
     def _look_back(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None) -> Tensor:
-        index, own, cu_seqlens = self._whole_sequences(len(q))
+        if not len(q):
+            return q
+        if self._pages is None:  # the same in every layer
+            self._pages = self._lay_out(len(q))
+        index, slots, count, table, seen = self._pages
+        k_pages, v_pages = (x.new_empty(count, _PAGE, *x.shape[1:]) for x in (k, v))
+        ops.write_kv(k[index], v[index], k_pages, v_pages, slots)
+        parts = zip(q.split(_ROWS), table.split(_ROWS), seen.split(_ROWS), strict=True)
+        return torch.cat(
+            [ops.decode_attention(q_, k_pages, v_pages, *where, window=window, scale=scale) for q_, *where in parts]
+        )
+
+    def _lay_out(self, tokens: int) -> tuple[Tensor, Tensor, int, Tensor, Tensor]:
+        """Every sequence on pages of its own.
+
+        Returns:
+            (packed token of each stored one, its slot, number of pages, each packed token's page table, how many it sees).
+        """
+        index, own, cu_seqlens = self._whole_sequences(tokens)
         lengths = cu_seqlens.diff().long()
-        pages = -(-lengths // _PAGE)  # of each sequence, which begins on a page of its own
+        pages = -(-lengths // _PAGE)
         first_page = pages.cumsum(0) - pages
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)
-        place = torch.arange(len(index), device=q.device) - cu_seqlens[:-1].long()[sequence]
-        shape = (int(pages.sum()), _PAGE, *k.shape[1:])
-        k_pages, v_pages = k.new_empty(shape), v.new_empty(shape)
-        ops.write_kv(k[index], v[index], k_pages, v_pages, first_page[sequence] * _PAGE + place)
-        table = first_page[:, None] + torch.arange(int(pages.max()), device=q.device)
-        table = table.clamp(max=shape[0] - 1).int()
-        sequence, seen = sequence[own], (place[own] + 1).int()
-        out = [
-            ops.decode_attention(q[a : a + _ROWS], k_pages, v_pages, table[sequence[a : a + _ROWS]], seen[a : a + _ROWS],
-                                 window=window, scale=scale)
-            for a in range(0, len(q), _ROWS)
-        ]  # fmt: skip
-        return torch.cat(out) if out else q
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=index.device), lengths)
+        place = torch.arange(len(index), device=index.device) - cu_seqlens[:-1].long()[sequence]
+        count = int(pages.sum())
+        table = first_page[:, None] + torch.arange(int(pages.max()), device=index.device)
+        table = table.clamp(max=count - 1).int()[sequence[own]]
+        return index, first_page[sequence] * _PAGE + place, count, table, (place[own] + 1).int()
 
     def _whole_sequences(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.prefix is not None:

@@ -49,10 +49,7 @@ def sample_ref(
     min_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`sample` in plain PyTorch, the same tokens. A bad row gives token -1 and log-prob NaN."""
-    x = logits.float()
-    top = x.amax(1, keepdim=True)
-    bad = ~top.isfinite()[:, 0] | x.isnan().any(1)
-    z = (x - top) * (_inverse(temperature) or 1.0)
+    x, top, z, bad = _tempered(logits, temperature)
     kept = _kept(x, z, top_k, top_p, min_p) if temperature > 0 else torch.ones_like(z, dtype=torch.bool)
     running = (_weigh(z) * kept).cumsum(1)
     mass = running[:, -1:]
@@ -61,8 +58,7 @@ def sample_ref(
     else:
         chosen = torch.where(x == top, torch.arange(x.shape[1], device=x.device), x.shape[1]).amin(1)
     chosen = chosen.clamp(max=x.shape[1] - 1)
-    logprobs = z.gather(1, chosen[:, None]).double() - (mass.double() * 2.0**-40).log()
-    return chosen.masked_fill(bad, -1), logprobs[:, 0].float().masked_fill(bad, math.nan)
+    return chosen.masked_fill(bad, -1), _logprobs(z, chosen, mass, bad)
 
 
 def sample(
@@ -100,12 +96,8 @@ def sample(
 
 def sampled_logprob_ref(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """`sampled_logprob` in plain PyTorch. A bad row gives NaN."""
-    x = logits.float()
-    top = x.amax(1, keepdim=True)
-    bad = ~top.isfinite()[:, 0] | x.isnan().any(1)
-    z = (x - top) * (_inverse(temperature) or 1.0)
-    logprobs = z.gather(1, tokens[:, None]).double() - (_weigh(z).sum(1, keepdim=True).double() * 2.0**-40).log()
-    return logprobs[:, 0].float().masked_fill(bad, math.nan)
+    _, _, z, bad = _tempered(logits, temperature)
+    return _logprobs(z, tokens, _weigh(z).sum(1, keepdim=True), bad)
 
 
 def sampled_logprob(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -209,6 +201,19 @@ def _inverse(temperature: float) -> float:
 
 def _log(probability: float) -> float:
     return -math.inf if probability == 0 else math.log(probability)
+
+
+def _tempered(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits in float32, the largest of each row, z, which rows hold NaN, +inf or only -inf)"""
+    x = logits.float()
+    top = x.amax(1, keepdim=True)
+    bad = ~top.isfinite()[:, 0] | x.isnan().any(1)
+    return x, top, (x - top) * (_inverse(temperature) or 1.0), bad
+
+
+def _logprobs(z: Tensor, tokens: Tensor, mass: Tensor, bad: Tensor) -> Tensor:
+    logprobs = z.gather(1, tokens[:, None]).double() - (mass.double() * 2.0**-40).log()
+    return logprobs[:, 0].float().masked_fill(bad, math.nan)
 
 
 def _weigh(z: Tensor) -> Tensor:
