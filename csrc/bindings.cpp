@@ -9,7 +9,7 @@
 #include "core/philox.h"
 #include "cpu/dispatch.h"
 #if defined(PYRLHF_CUDA)
-#    include "cuda/kernels.h"
+#    include "cuda/bindings.h"
 #endif
 
 namespace py = pybind11;
@@ -207,18 +207,6 @@ std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t
     return {drawn.word, drawn.word + 4};
 }
 
-#if defined(PYRLHF_CUDA)
-constexpr bool cuda_built = true;
-
-void gae_cuda(address rewards, address values, address cu_seqlens, address bootstrap, address advantages,
-              address returns, int64_t sequences, int64_t total, float gamma, float lam, address stream) {
-    cuda::gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap),
-              at<float>(advantages), at<float>(returns), sequences, total, gamma, lam, at<void>(stream));
-}
-#else
-constexpr bool cuda_built = false;
-#endif
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -245,7 +233,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("transpose", &transpose, released);
     m.def("write_kv", &write_kv, released);
 #if defined(PYRLHF_CUDA)
-    m.def("gae_cuda", &gae_cuda, released);
+    py::module_ cuda_half = m.def_submodule("cuda", "the CUDA kernels (csrc/cuda/bindings.cpp)");
+    cuda::bind(cuda_half);
 #endif
 
     m.def("philox4x32", &philox, "Philox4x32-10 of a counter (4 words) and a key (2 words), for known-answer tests");
@@ -253,6 +242,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("isas_built", &isas_built, "the instruction sets in this binary, plainest first");
     m.def("isas_available", &isas_available, "of these, the ones this CPU has");
     m.def("set_isa", &set_isa, "use this instruction set; ValueError if it is unknown or missing here");
-    m.attr("cuda_built") = cuda_built;
+#if defined(PYRLHF_CUDA)
+    m.attr("cuda_built") = true;
+#else
+    m.attr("cuda_built") = false;
+#endif
     m.attr("compiler") = __VERSION__;
 }

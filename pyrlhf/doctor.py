@@ -141,7 +141,7 @@ def _backend(op: str, module: Any, torch: Any) -> str:
     cpu = f"C++ ({module.isa()})" if module is not None and hasattr(module, op) else "torch"
     if not torch.cuda.is_available():
         return cpu
-    if module is not None and _value(module.cuda_built) and hasattr(module, f"{op}_cuda"):
+    if module is not None and _value(module.cuda_built) and hasattr(module.cuda, op):
         return f"{cpu}; CUDA: C++"
     triton = (Path(__file__).parent / "kernels" / f"{op}.py").exists() and _version("triton") is not None
     return f"{cpu}; CUDA: {'Triton' if triton else 'torch'}"

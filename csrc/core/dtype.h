@@ -1,4 +1,5 @@
-// Dtype codes that cross from Python (pyrlhf/ops/_core.py: CORE_DTYPES), and the 16-bit float the CPU has no type for.
+// Dtype codes that cross from Python (pyrlhf/ops/_core.py: CORE_DTYPES and CUDA_DTYPES), and the 16-bit floats that C++
+// has no type for. float16 is the CUDA half's alone.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,13 @@
 
 namespace pyrlhf {
 
-enum class DType : int { float32 = 0, bfloat16 = 1 };
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
 struct bf16 {
+    uint16_t bits;
+};
+
+struct f16 {
     uint16_t bits;
 };
 

@@ -12,6 +12,17 @@ import torch
 from torch import Tensor
 
 CORE_DTYPES = (torch.float32, torch.bfloat16)
+CUDA_DTYPES = (*CORE_DTYPES, torch.float16)
+
+# What the CUDA kernels can find wrong, in the order of csrc/core/faults.h.
+FAULTS = (
+    "gae: cu_seqlens must rise from 0 to the number of tokens",
+    "ranking_loss: cu_groups must rise from 0 to the number of answers",
+    "write_kv: slots must be in 0..pages * page_size - 1",
+    "decode_attention: seq_lens must be in 0..max_pages * page_size",
+    "decode_attention: page_table must hold pages of the cache wherever seq_lens reaches",
+    "sample: logits must be finite or -inf with one finite entry a row",
+)
 
 
 _tape: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = None
@@ -84,15 +95,59 @@ def use_core(*tensors: Tensor | None) -> bool:
 
 
 def use_cuda_core(*tensors: Tensor | None) -> bool:
-    """Whether these tensors go to the core's CUDA half: all on CUDA, float32 or bfloat16, and that half is built."""
-    if _reference_wanted() or not all(t is None or (t.is_cuda and _supported(t)) for t in tensors):
+    """Whether these tensors go to the CUDA kernels: all on CUDA, every float one float32, bfloat16 or float16, and not switched off.
+
+    Raises RuntimeError where they would, but this installation was built without the CUDA half.
+    """
+    if _reference_wanted():
         return False
-    return bool(core().cuda_built)
+    for t in tensors:
+        if t is not None and not (t.is_cuda and (t.dtype in CUDA_DTYPES or not t.is_floating_point())):
+            return False
+    return cuda_core() is not None
 
 
-def cuda_stream(t: Tensor) -> int:
-    """The handle of the current CUDA stream on the device of ``t``."""
-    return int(torch.cuda.current_stream(t.device).cuda_stream)
+@functools.cache
+def cuda_core() -> Any:
+    """The CUDA half, ``pyrlhf._C.cuda``. Raises RuntimeError if this installation has none."""
+    built = module()
+    if not built.cuda_built:
+        raise RuntimeError(
+            "a tensor is on CUDA, but pyrlhf was built without its CUDA half: install the CUDA toolkit (nvcc 12.4 or newer) "
+            "and reinstall with PYRLHF_CUDA=on, move the tensors to the CPU, or set PYRLHF_BACKEND=ref to run on plain PyTorch"
+        )
+    return built.cuda
+
+
+def queue(t: Tensor) -> tuple[int, int]:
+    """Where a CUDA kernel for ``t`` runs: its device's index, and the handle of the current stream there."""
+    index = t.get_device()
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def faults(t: Tensor) -> int:
+    """The address of the fault flags of the device that ``t`` is on."""
+    return fault_flags(t.device).data_ptr()
+
+
+@functools.cache
+def fault_flags(device: torch.device) -> Tensor:
+    """int32 ``[len(FAULTS)]`` on ``device``, raised by the kernels that skipped something. Made at the first kernel's launch."""
+    return torch.zeros(len(FAULTS), dtype=torch.int32, device=device)
+
+
+def raise_faults(device: torch.device) -> None:
+    """Waits for ``device`` and raises ValueError if a kernel there has met values that it had to skip; the flags are then lowered.
+
+    For places that wait anyway. ``PYRLHF_CHECK=1`` finds the same before the kernel runs, and says where.
+    """
+    flags = fault_flags(device)
+    found = [what for what, raised in zip(FAULTS, flags.tolist(), strict=True) if raised]
+    if found:
+        flags.zero_()
+        raise ValueError(
+            f"on {device} a kernel found wrong values and skipped them; PYRLHF_CHECK=1 says where. {'; '.join(found)}"
+        )
 
 
 def address(t: Tensor | None) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_cu_seqlens, check_number, check_tensor
-from pyrlhf.ops._core import address, core, cuda_stream, use_core, use_cuda_core
+from pyrlhf.ops._core import address, core, cuda_core, faults, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define
 
 _FLOATS = (torch.float32, torch.float64)
@@ -86,8 +86,7 @@ def _gae(
     if cpu:
         core().gae(*tensors, sequences, gamma, lam, torch.get_num_threads())
     else:
-        with torch.cuda.device(rewards.device):
-            core().gae_cuda(*tensors, sequences, rewards.shape[0], gamma, lam, cuda_stream(rewards))
+        cuda_core().gae(*tensors, sequences, rewards.shape[0], gamma, lam, faults(rewards), *queue(rewards))
     return advantages, returns
 
 
