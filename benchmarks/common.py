@@ -1,11 +1,13 @@
 """What every benchmark shares: interleaved timing, the machine's own copy speed measured in the same run, a table, a JSON file.
 
-Candidates take turns, so that a slow minute of the machine hits all of them; ratios of one run are what counts. Every result
+Where there is a GPU, everything runs there (`DEVICE`): a run is timed by events on the device, after its L2 cache was filled
+with something else; ``CUDA_VISIBLE_DEVICES=`` keeps a benchmark on the CPU. Candidates take turns, so that a slow minute of the machine hits all of them; ratios of one run are what counts. Every result
 is judged against the machine: bytes (or operations) a second, and the share of the speed at which this machine copies memory.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -31,6 +33,8 @@ from pyrlhf.engine import keep_freed_memory
 from pyrlhf.ops import linear
 from pyrlhf.ops._core import core
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
 RESULTS = Path(__file__).resolve().parent / "results"
 COPY = "copy (the machine's limit)"
 READ = "read (the machine's limit)"
@@ -82,7 +86,8 @@ def measure(
 
     ``warm``: each timed run follows an untimed one. False where a run takes seconds, to which caches mean nothing.
     """
-    keep_freed_memory()  # as in a training run of ours; the other candidates gain by it too
+    if not ON_GPU:
+        keep_freed_memory()  # as in a training run of ours; the other candidates gain by it too
     candidates = {**candidates, COPY: memory_copy()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
@@ -176,9 +181,36 @@ def in_peers(script: str, *args: object) -> Callable[[], dict[str, float]]:
 
 
 def once(run: Callable[[], object]) -> float:
+    """Milliseconds of one run; on a GPU those that the device took, its L2 cache being cold."""
+    if ON_GPU:
+        _other_data().zero_()
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended)
     start = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - start)
+
+
+@functools.cache
+def _other_data() -> Tensor:
+    return torch.empty(256 << 18, device=DEVICE)  # 256 MiB, more than any L2
+
+
+def launch_microseconds(run: Callable[[], object], times: int = 300) -> float:
+    """What a call costs the CPU: ``times`` calls in a row, none waited for. For work that takes the device less than that."""
+    for _ in range(20):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e6 * spent / times
 
 
 def summary(times: list[float]) -> Timing:
@@ -186,27 +218,29 @@ def summary(times: list[float]) -> Timing:
     return Timing(statistics.median(times), low, high, min(times))
 
 
-def memory_copy(megabytes: int = 64) -> Candidate:
-    source = torch.ones(megabytes << 18)
+def memory_copy(megabytes: int = 2048 if ON_GPU else 64) -> Candidate:
+    source = torch.ones(megabytes << 18, device=DEVICE)
     target = torch.empty_like(source)
     return Candidate(lambda: target.copy_(source), bytes=2 * 4 * source.numel())
 
 
-def memory_read(megabytes: int = 256) -> Candidate:
+def memory_read(megabytes: int = 2048 if ON_GPU else 256) -> Candidate:
     """The limit of what reads much and writes little: the sum of a large buffer. Offer it under the name READ."""
-    source = torch.ones(megabytes << 18)
+    source = torch.ones(megabytes << 18, device=DEVICE)
     return Candidate(source.sum, bytes=4 * source.numel())
 
 
 def best_gemm(dtype: torch.dtype, times: int = 1) -> Candidate:
-    """``times`` products of the size that runs fastest here: inputs that fit in cache, sums that are long."""
-    a, b = torch.randn(1024, 2048).to(dtype), torch.randn(1024, 2048).to(dtype)
+    """``times`` products of the size that runs fastest here: on a CPU inputs that fit in cache, sums that are long."""
+    rows, inner = (8192, 8192) if ON_GPU else (1024, 2048)
+    a, b = (torch.randn(rows, inner, device=DEVICE).to(dtype) for _ in range(2))
+    product = torch.nn.functional.linear if ON_GPU else linear
 
     def run() -> None:
         for _ in range(times):
-            linear(a, b)
+            product(a, b)
 
-    return Candidate(run, flops=times * 2 * 1024 * 1024 * 2048)
+    return Candidate(run, flops=times * 2 * rows * rows * inner)
 
 
 def report(
@@ -256,7 +290,8 @@ def row(name: str, timing: Timing, candidate: Candidate, speeds: dict[str, float
 
 
 def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
-    table = Table(title=f"{op}: {case} ({machine()}, {torch.get_num_threads()} threads)", title_justify="left")
+    where = machine() if ON_GPU else f"{machine()}, {torch.get_num_threads()} threads"
+    table = Table(title=f"{op}: {case} ({where})", title_justify="left")
     shares = [key for key in rows[0] if key.startswith("share_of_")]
     extra = list(dict.fromkeys(key for r in rows for key in list(r)[list(r).index("times_ours") + 1 :]))
     headings = {"way": "way", "median_ms": "median ms", "spread": "20-80 %", "gb_s": "GB/s", "gflop_s": "GFLOP/s"}
@@ -277,18 +312,20 @@ def save(op: str, case: str, rows: list[dict[str, object]]) -> None:
     path = RESULTS / f"{machine()}.json"
     kept = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "ops": {}}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    kept["ops"].setdefault(op, {})[case] = {
-        "threads": torch.get_num_threads(),
-        "isa": core().isa(),
-        **versions,
-        "rows": rows,
-    }
+    if ON_GPU:
+        settings = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    else:
+        settings = {"threads": torch.get_num_threads(), "isa": core().isa()}
+    kept["ops"].setdefault(op, {})[case] = {**settings, **versions, "rows": rows}
     kept["ops"] = dict(sorted(kept["ops"].items()))
     path.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def machine() -> str:
-    """A name for this kind of machine: processor, cores, best instruction set."""
+    """A name for this kind of machine: the GPU ("h200"), or processor, cores, best instruction set."""
+    if ON_GPU:
+        words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
+        return next((w for w in words if re.fullmatch(r"[a-z]+\d+[a-z]*", w)), "-".join(words))
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"model name\s*:\s*(.+)", text)
     words = re.findall(r"[a-z0-9]+", (found.group(1) if found else platform.machine()).lower())
