@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pyrlhf.engine import checkpoint
+from pyrlhf.ops._core import raise_faults
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -409,6 +410,8 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         norm = self._update_bare(optimizer.max_grad_norm) if _bare(self.config) else self._update_sharded()
+        if self.world.device.type == "cuda":
+            raise_faults(self.world.device)  # the norm has waited for the device already
         self.steps += 1
         reason = "" if math.isfinite(norm) else self._describe_skip()
         self._loss.zero_()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
-from pyrlhf.ops._core import use_core
+from pyrlhf.ops._core import raise_faults, use_core
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
 from pyrlhf.rollout.program import DecodeProgram
 from pyrlhf.rollout.rollouts import Finished, Rollouts, Sampling, Timings
@@ -473,8 +473,13 @@ class _Run:
             ended |= (tokens.unsqueeze(1) == self.ends).any(1)
         if how.stop_strings:
             ended |= self._stopped(samples, tokens, columns)
+        on_cuda = self.device.type == "cuda"
+        if on_cuda:
+            ended |= tokens < 0  # a row of bad logits, which the kernel has flagged
         rows = ended.nonzero().squeeze(1)  # the step's one synchronisation
         if rows.numel():
+            if on_cuda:
+                raise_faults(self.device)
             self._retire([samples[i] for i in rows.tolist()])
 
     def _masked(self, logits: Tensor, columns: Tensor) -> Tensor:

@@ -20,10 +20,8 @@ from torch import Tensor
 from pyrlhf import ops
 from pyrlhf.ops import _checks, _core
 
-sys.path[:0] = [
-    str(Path(__file__).parents[1] / "ops"),
-    str(Path(__file__).parent / "emulation"),
-]  # checking.py, load.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # checking.py
+sys.path.insert(0, str(Path(__file__).parent / "emulation"))  # load.py
 
 from load import load_emulated
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from pyrlhf.ops import _core
 from pyrlhf.ops._checks import check_cu_seqlens, check_number, check_tensor
-from pyrlhf.ops._core import core, use_core
+from pyrlhf.ops._core import FAULTS, core, cuda_core, fault_flags, raise_faults, use_core, use_cuda_core
 from pyrlhf.ops.sample import philox4x32_ref
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Random123's known answers (kat_vectors): counter, key, result.
 PHILOX = [
@@ -119,6 +124,40 @@ def test_the_backend_is_chosen_by_device_dtype_and_environment(monkeypatch: pyte
     monkeypatch.setenv("PYRLHF_BACKEND", "fast")
     with pytest.raises(ValueError, match="PYRLHF_BACKEND"):
         use_core(torch.zeros(1))
+
+
+def test_tensors_on_the_cpu_or_in_float64_never_go_to_the_cuda_half() -> None:
+    assert not use_cuda_core(torch.zeros(2))
+    assert not use_cuda_core(torch.zeros(2, dtype=torch.float64, device="meta"))
+
+
+def test_a_build_without_the_cuda_half_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithoutCuda:
+        cuda_built = False
+
+    monkeypatch.setattr(_core, "module", WithoutCuda)
+    cuda_core.cache_clear()
+    with pytest.raises(RuntimeError, match=r"built without its CUDA half: .*nvcc.*PYRLHF_CUDA=on.*PYRLHF_BACKEND=ref"):
+        cuda_core()
+    cuda_core.cache_clear()
+
+
+def test_flagged_faults_are_raised_once_and_named() -> None:
+    here = torch.device("cpu")
+    raise_faults(here)
+    fault_flags(here)[1] = 1
+    with pytest.raises(
+        ValueError, match=r"^on cpu a kernel found wrong values .*PYRLHF_CHECK=1.* ranking_loss: cu_groups"
+    ):
+        raise_faults(here)
+    raise_faults(here)
+    named = re.search(r"enum class Fault : int \{(.*?)\}", (ROOT / "csrc" / "core" / "faults.h").read_text(), re.S)
+    assert named
+    kinds = [name.strip() for name in named[1].split(",") if name.strip()]
+    assert len(kinds) == len(FAULTS)
+    for kind, what in zip(kinds, FAULTS, strict=True):
+        op, argument = what.split(" ")[0].rstrip(":"), what.split(" ")[1]
+        assert kind == f"{op}_{argument}"
 
 
 def test_check_tensor_names_argument_expected_and_found() -> None:
