@@ -250,12 +250,14 @@ def report(
     ours: str,
     *,
     absent: dict[str, str] | None = None,
+    aims: dict[str, float] | None = None,
     **options: float,
 ) -> dict[str, Timing]:
     """Measures, prints the table and writes it to ``results/<machine>.json`` under ``op`` and ``case``.
 
     Where a candidate is named GEMM (see `best_gemm`), every rate of operations is also given as a share of its rate.
-    ``absent``: candidates that cannot be measured here, and why.
+    ``absent``: candidates that cannot be measured here, and why. ``aims``: what ours should reach, for summary.py: another
+    way's name -> so many times its speed; "share_of_copy" (or another column of ours) -> at least that; "launch_us" -> at most.
     """
     timings = measure(candidates, **options)  # type: ignore[arg-type]
     every = {**candidates, COPY: memory_copy()}
@@ -265,7 +267,7 @@ def report(
     show(op, case, rows)
     for name, why in (absent or {}).items():
         print(f"{name}: not measured: {why}")
-    save(op, case, [*rows, *({"way": name, "not_measured": why} for name, why in (absent or {}).items())])
+    save(op, case, [*rows, *({"way": name, "not_measured": why} for name, why in (absent or {}).items())], aims)
     return timings
 
 
@@ -306,7 +308,7 @@ def show(op: str, case: str, rows: list[dict[str, object]]) -> None:
     Console(width=140).print(table)
 
 
-def save(op: str, case: str, rows: list[dict[str, object]]) -> None:
+def save(op: str, case: str, rows: list[dict[str, object]], aims: dict[str, float] | None = None) -> None:
     """Merges these rows into the machine's file: other ops and cases stay."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine()}.json"
@@ -316,7 +318,7 @@ def save(op: str, case: str, rows: list[dict[str, object]]) -> None:
         settings = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     else:
         settings = {"threads": torch.get_num_threads(), "isa": core().isa()}
-    kept["ops"].setdefault(op, {})[case] = {**settings, **versions, "rows": rows}
+    kept["ops"].setdefault(op, {})[case] = {**settings, **versions, "rows": rows, **({"aims": aims} if aims else {})}
     kept["ops"] = dict(sorted(kept["ops"].items()))
     path.write_text(json.dumps(kept, indent=1) + "\n")
 

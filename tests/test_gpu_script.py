@@ -1,0 +1,66 @@
+"""benchmarks/gpu.sh and summary.py, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu.sh"
+
+
+@pytest.fixture(scope="module")
+def summary() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("summary", ROOT / "benchmarks" / "summary.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_names_a_benchmark_of_every_cuda_kernel() -> None:
+    named = re.search(r"bench_\{([\w,]+)\}\.py", SCRIPT.read_text())
+    assert named
+    benchmarks = named[1].split(",")
+    assert all((ROOT / "benchmarks" / f"bench_{name}.py").exists() for name in benchmarks)
+    # the write of the cache is measured with the rotary embedding that comes before it
+    kernels = {path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu")} - {"write_kv"}
+    assert kernels <= set(benchmarks)
+
+
+def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        ["bash", SCRIPT], env={"PATH": "/usr/bin:/bin", "OUT": str(tmp_path)}, capture_output=True, text=True
+    )
+    if ran.returncode == 0 or "no GPU here" not in ran.stderr:
+        pytest.skip("a GPU is here")
+    assert ran.returncode == 2
+
+
+def test_a_missed_aim_is_named(summary: ModuleType) -> None:
+    rows = [
+        {
+            "way": "pyrlhf",
+            "median_ms": 2.0,
+            "times_ours": 1.0,
+            "gb_s": 3500.0,
+            "share_of_copy": 0.79,
+            "launch_us": 12.0,
+        },
+        {"way": "torch eager", "median_ms": 17.0, "times_ours": 8.5},
+    ]
+    aims = {"share_of_copy": 0.8, "torch eager": 8, "launch_us": 15, "torch.compile": 2}
+    line = summary.line("gae", "large", {"rows": rows, "aims": aims})
+    assert line[:4] == ("gae", "large", "2", "3500 GB/s")
+    assert line[4].split("; ") == [
+        "share_of_copy: 0.79 (aim 0.8, MISSED)",
+        "torch eager: 8.5 (aim 8)",
+        "launch_us: 12 (aim 15)",
+        "torch.compile: not measured (aim 2)",
+    ]
