@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,6 +118,26 @@ def cuda_core() -> Any:
             "and reinstall with PYRLHF_CUDA=on, move the tensors to the CPU, or set PYRLHF_BACKEND=ref to run on plain PyTorch"
         )
     return built.cuda
+
+
+def use_triton(*tensors: Tensor | None) -> bool:
+    """Whether these tensors go to the Triton kernels (pyrlhf.kernels): as `use_cuda_core`; RuntimeError where triton is not installed."""
+    if _reference_wanted():
+        return False
+    for t in tensors:
+        if t is not None and not (t.is_cuda and (t.dtype in CUDA_DTYPES or not t.is_floating_point())):
+            return False
+    return _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(
+            "a tensor is on CUDA, but triton is not installed: `pip install triton` (PyTorch's CUDA builds for Linux bring it), "
+            "move the tensors to the CPU, or set PYRLHF_BACKEND=ref to run on plain PyTorch"
+        )
+    return True
 
 
 def queue(t: Tensor) -> tuple[int, int]:
