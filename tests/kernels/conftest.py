@@ -16,15 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
-
-pytest.importorskip("triton", reason="needs triton (extra: test)")
-
 from pyrlhf import ops
 from pyrlhf.ops import _checks, _core
 
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels are imported at their first call
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # checking.py
 
 
@@ -38,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where a test puts its tensors, so that every op takes its Triton kernel."""
+    pytest.importorskip("triton", reason="needs triton (extra: test)")
     if GPU:
         yield torch.device("cuda")
         torch.cuda.synchronize()  # what a kernel did wrong is this test's fault
