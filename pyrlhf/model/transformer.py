@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pyrlhf import ops
 from pyrlhf.model.config import ModelConfig
@@ -333,7 +334,14 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The trunk that every head shares: packed tokens in, hidden states after the last norm out."""
+    """The trunk that every head shares: packed tokens in, hidden states after the last norm out.
+
+    Attributes:
+        checkpointing: keep only what goes into a layer for the backward, which computes the layer again (torch.utils.checkpoint). There
+            is no randomness in a forward, so the gradients are the same bits.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -353,5 +361,12 @@ class Transformer(nn.Module):
         """
         x, residual = self.embed(tokens, positions, token_types), None
         for layer in self.layers:
-            x, residual = layer(x, residual, positions, attend)
+            if self.checkpointing and torch.is_grad_enabled():
+                # Under ZeRO 3 a weight is empty when it is saved and whole when it is used: no check of what was saved.
+                x, residual = checkpoint(
+                    layer, x, residual, positions, attend,
+                    use_reentrant=False, preserve_rng_state=False, determinism_check="none",
+                )  # fmt: skip
+            else:
+                x, residual = layer(x, residual, positions, attend)
         return x if self.norm is None else self.norm(x, residual)[0]

@@ -167,6 +167,40 @@ def test_bf16_keeps_float32_masters_and_gradients(world: World, stage: int) -> N
     assert norms[1] == pytest.approx(1.256 * norms[0], rel=2e-3)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["lm", "scalar"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_activation_checkpointing_trains_bit_for_bit_alike(world: World, stage: int, kind: str, dtype: str) -> None:
+    trained = []
+    for checkpointing in (False, True):
+        engine = training.make(kind, world, stage, dtype, activation_checkpointing=checkpointing)
+        norms = [training.update(engine, training.LOSSES[kind], step).grad_norm for step in range(3)]
+        trained.append((norms, engine.full_state_dict()))
+        engine.close()
+    (norms, weights), (again, weights_again) = trained
+    assert norms == again
+    assert all(torch.equal(weight, weights_again[name]) for name, weight in weights.items())
+
+
+def test_activation_checkpointing_keeps_only_the_layers_inputs(world: World) -> None:
+    kept = []
+    for checkpointing in (False, True):
+        engine = training.make("lm", world, 0, activation_checkpointing=checkpointing)
+        elements = 0
+
+        def count(t: torch.Tensor) -> torch.Tensor:
+            nonlocal elements
+            elements += t.numel() if not isinstance(t, torch.nn.Parameter) else 0
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = training.language_loss(engine, training.sequences(0))
+        engine.backward(loss, last=True)
+        kept.append(elements)
+        engine.close()
+    assert kept[1] < kept[0] / 2
+
+
 def test_micro_batches_do_not_matter(world: World) -> None:
     results = []
     for parts in (1, 4):

@@ -63,8 +63,10 @@ def update(engine: ZeroEngine, loss_of: Callable[..., Tensor], step: int, factor
     return engine.step()
 
 
-def make(kind: str, world: World, stage: int, dtype: str = "fp32", seed: int = 1, lr: float = 1e-3) -> ZeroEngine:
-    config = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage)
+def make(
+    kind: str, world: World, stage: int, dtype: str = "fp32", seed: int = 1, lr: float = 1e-3, **settings: Any
+) -> ZeroEngine:
+    config = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage, **settings)
     optimizer = OptimizerConfig(lr=lr, weight_decay=0.1, max_grad_norm=1.0, schedule="cosine", warmup_steps=1)
     if kind == "scalar":
         return ZeroEngine(ScalarModel(CONFIG, seed=seed), world, config, optimizer, total_steps=10)
