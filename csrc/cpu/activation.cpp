@@ -10,37 +10,11 @@ namespace {
 constexpr int64_t chunk = 4096;          // elements of a row that one thread takes at a time
 constexpr int64_t worth_a_fork = 16384;  // elements
 
-struct ValueAndSlope {
-    vf value, slope;
+// For core/activation.h.
+struct Math {
+    PYRLHF_INLINE vf sigmoid(vf z, vf& complement) { return PYRLHF_ISA::sigmoid(z, complement); }
+    PYRLHF_INLINE vf normal_cdf(vf x, vf& density) { return PYRLHF_ISA::normal_cdf(x, density); }
 };
-
-// x * sigmoid(z) with z = z(x), whose slope is given.
-PYRLHF_INLINE ValueAndSlope sigmoid_unit(vf x, vf bounded_x, vf z, vf z_slope) {
-    vf complement;
-    const vf s = sigmoid(z, complement);
-    return {x * s, s + bounded_x * (z_slope * (s * complement))};
-}
-
-template <Activation kind>
-PYRLHF_INLINE ValueAndSlope evaluate(vf x) {
-    if constexpr (kind == Activation::relu) {
-        const vf one = broadcast(1.0f), zero = {};
-        return {x < 0.0f ? zero : x, x <= 0.0f ? zero : one};
-    } else if constexpr (kind == Activation::gelu) {
-        vf density;
-        const vf cdf = normal_cdf(x, density);
-        return {x * cdf, cdf + x * (density * 0.398942280401f)};  // 1 / sqrt(2 pi)
-    } else if constexpr (kind == Activation::gelu_new) {
-        // (1 + tanh(u)) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        constexpr float linear = 1.59576912161f, cubic = 0.044715f * linear;
-        const vf near = clamp(x, broadcast(-16.0f), broadcast(16.0f));  // beyond, the slope is 0 or 1
-        return sigmoid_unit(x, near, x * (x * x * cubic + linear), near * near * (3.0f * cubic) + linear);
-    } else if constexpr (kind == Activation::quick_gelu) {
-        return sigmoid_unit(x, x, x * 1.702f, broadcast(1.702f));
-    } else {
-        return sigmoid_unit(x, x, x, broadcast(1.0f));
-    }
-}
 
 // run(row, first, length) for every stretch of at most `chunk` elements of a row.
 template <typename Run>
@@ -65,7 +39,7 @@ void forward(const ActivationArrays& a, int threads) {
         const T *const x = static_cast<const T*>(a.x) + i * a.size * (1 + gated) + first, *const up = x + a.size;
         T* const out = static_cast<T*>(a.out) + i * a.size + first;
         for_vectors(length, [=](int64_t j, auto lanes) PYRLHF_LAMBDA {
-            const vf value = evaluate<kind>(load(x + j, lanes)).value;
+            const vf value = value_and_slope<kind, Math>(load(x + j, lanes)).value;
             if constexpr (gated)
                 write(out + j, value * load(up + j, lanes), lanes, streamed);
             else
@@ -83,7 +57,7 @@ void backward(const ActivationArrays& a, int threads) {
         T *const by_x = static_cast<T*>(a.out) + i * a.size * (1 + gated) + first, *const by_up = by_x + a.size;
         for_vectors(length, [=](int64_t j, auto lanes) PYRLHF_LAMBDA {
             const vf grad = load(grad_out + j, lanes);
-            const ValueAndSlope f = evaluate<kind>(load(x + j, lanes));
+            const ValueAndSlope<vf> f = value_and_slope<kind, Math>(load(x + j, lanes));
             if constexpr (gated) {
                 write(by_x + j, grad * load(up + j, lanes) * f.slope, lanes, streamed);
                 write(by_up + j, grad * f.value, lanes, streamed);

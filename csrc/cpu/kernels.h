@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "core/activation.h"
 #include "core/dtype.h"
 
 // clang-format off
@@ -139,9 +140,6 @@ constexpr int64_t ppo_block = 2048;
 
 // ranking_loss keeps this many doubles a group in scratch: loss, correct pairs, pairs.
 constexpr int ranking_sums = 3;
-
-// The order is that of KINDS in pyrlhf/ops/activation.py.
-enum class Activation : int { none = -1, gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
 
 // x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
 // the backward grad_out is [rows, size] and out is the gradient, shaped like x.

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyrlhf.ops._checks import check_tensor, float_dtypes
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CUDA_DTYPES, address, core, cuda_core, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define, eager_function
 
-KINDS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu")  # in the order of csrc/cpu/kernels.h
+KINDS = ("gelu", "gelu_new", "quick_gelu", "relu", "silu")  # in the order of csrc/core/activation.h
 
 
 def activation_ref(x: Tensor, kind: str, *, gated: bool = False) -> Tensor:
@@ -84,17 +84,17 @@ def _slope(x: Tensor, kind: str) -> Tensor:
 
 
 def _forward_impl(x: Tensor, kind: str, gated: bool) -> Tensor:
-    if use_core(x):
+    if (cpu := use_core(x)) or use_cuda_core(x):
         out = x.new_empty(_out_shape(x, gated))
-        _run_core(None, x, out, kind, gated)
+        _run_core(None, x, out, kind, gated, cpu)
         return out
     return _in_torch(x, kind, gated).contiguous()
 
 
 def _backward_impl(grad_out: Tensor, x: Tensor, kind: str, gated: bool) -> Tensor:
-    if use_core(grad_out, x):
+    if (cpu := use_core(grad_out, x)) or use_cuda_core(grad_out, x):
         grad_x = x.new_empty(x.shape)
-        _run_core(grad_out, x, grad_x, kind, gated)
+        _run_core(grad_out, x, grad_x, kind, gated, cpu)
         return grad_x
     wide = torch.promote_types(x.dtype, torch.float32)
     grad = grad_out.to(wide)
@@ -104,15 +104,17 @@ def _backward_impl(grad_out: Tensor, x: Tensor, kind: str, gated: bool) -> Tenso
     return torch.cat((grad * up * _slope(gate, kind), grad * _value(gate, kind)), dim=-1).to(x.dtype)
 
 
-def _run_core(grad_out: Tensor | None, x: Tensor, out: Tensor, kind: str, gated: bool) -> None:
+def _run_core(grad_out: Tensor | None, x: Tensor, out: Tensor, kind: str, gated: bool, cpu: bool) -> None:
     """Fills out with the value, or with the gradient of x if there is a grad_out."""
     x, grad_out = x.contiguous(), None if grad_out is None else grad_out.contiguous()
     size = x.shape[-1] // 2 if gated else x.numel()
     rows = x.numel() // max(1, 2 * size) if gated else 1
-    core().activation(
-        address(grad_out), address(x), address(out), CORE_DTYPES.index(x.dtype), KINDS.index(kind), gated, rows, size,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    tensors = address(grad_out), address(x), address(out)
+    options = CUDA_DTYPES.index(x.dtype), KINDS.index(kind), gated, rows, size
+    if cpu:
+        core().activation(*tensors, *options, torch.get_num_threads())
+    else:
+        cuda_core().activation(*tensors, *options, *queue(x))
 
 
 def _out_shape(x: Tensor, gated: bool) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CUDA_DTYPES, address, core, cuda_core, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define, eager_function
 
 
@@ -69,8 +69,8 @@ def _check(x: object, weight: object, bias: object, eps: object, residual: objec
 def _forward_impl(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if use_core(x, weight, residual):
-        return _forward_core(x, weight, bias, residual, eps)
+    if (cpu := use_core(x, weight, residual)) or use_cuda_core(x, weight, residual):
+        return _forward_core(x, weight, bias, residual, eps, cpu)
     summed = (x if residual is None else x + residual).contiguous()
     wide = summed.to(torch.promote_types(x.dtype, torch.float32))
     out, mean, rstd = torch.native_layer_norm(wide, weight.shape, weight.to(wide.dtype), bias.to(wide.dtype), eps)
@@ -79,7 +79,7 @@ def _forward_impl(
 
 
 def _forward_core(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float, cpu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -87,19 +87,24 @@ def _forward_core(
     out, summed = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
     mean = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    core().layer_norm(
+    arguments = (
         address(x), address(residual), address(weight), address(bias), address(out),
-        0 if residual is None else address(summed), address(mean), address(rstd), CORE_DTYPES.index(x.dtype),
-        CORE_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps, torch.get_num_threads(),
+        0 if residual is None else address(summed), address(mean), address(rstd), CUDA_DTYPES.index(x.dtype),
+        CUDA_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps,
     )  # fmt: skip
+    if cpu:
+        core().layer_norm(*arguments, torch.get_num_threads())
+    else:
+        cuda_core().layer_norm(*arguments, *queue(x))
     return out, summed, mean, rstd
 
 
 def _backward_impl(
     grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if use_core(grad_out, grad_sum, summed, weight):
-        return _backward_core(grad_out, grad_sum, summed, weight, mean, rstd)
+    tensors = grad_out, grad_sum, summed, weight
+    if (cpu := use_core(*tensors)) or use_cuda_core(*tensors):
+        return _backward_core(*tensors, mean, rstd, cpu)
     wide = rstd.dtype
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_out.contiguous().to(wide),
@@ -117,16 +122,20 @@ def _backward_impl(
 
 
 def _backward_core(
-    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, cpu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, summed, weight = grad_out.contiguous(), summed.contiguous(), weight.contiguous()
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
     grad_x, grad_weight, grad_bias = torch.empty_like(summed), torch.empty_like(weight), torch.empty_like(weight)
-    core().layer_norm_backward(
-        address(grad_out), address(grad_sum), address(summed), address(weight), address(mean), address(rstd),
-        address(grad_x), address(grad_weight), address(grad_bias), CORE_DTYPES.index(summed.dtype),
-        CORE_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), torch.get_num_threads(),
-    )  # fmt: skip
+    given, made = (grad_out, grad_sum, summed, weight, mean, rstd), (grad_x, grad_weight, grad_bias)
+    tensors = [address(t) for t in (*given, *made)]
+    dtypes = CUDA_DTYPES.index(summed.dtype), CUDA_DTYPES.index(weight.dtype)
+    rows, size = rstd.numel(), weight.numel()
+    if cpu:
+        core().layer_norm_backward(*tensors, *dtypes, rows, size, torch.get_num_threads())
+    else:
+        partials = rstd.new_empty((cuda_core().norm_groups(rows, size), 2, size))
+        cuda_core().layer_norm_backward(*tensors, address(partials), *dtypes, rows, size, *queue(summed))
     return grad_x, grad_weight, grad_bias
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CUDA_DTYPES, address, core, cuda_core, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define, eager_function
 
 
@@ -62,8 +62,8 @@ def _check(x: object, weight: object, eps: object, residual: object, *, referenc
 
 
 def _forward_impl(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if use_core(x, weight, residual):
-        return _forward_core(x, weight, residual, eps)
+    if (cpu := use_core(x, weight, residual)) or use_cuda_core(x, weight, residual):
+        return _forward_core(x, weight, residual, eps, cpu)
     summed = x if residual is None else x + residual
     wide = summed.contiguous().to(torch.promote_types(x.dtype, torch.float32))
     rstd = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
@@ -72,25 +72,31 @@ def _forward_impl(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
     return out, x.new_empty(0) if residual is None else summed.contiguous(), rstd
 
 
-def _forward_core(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_core(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, cpu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
     residual = None if residual is None else residual.contiguous()
     # an op may not hand back its input: without a residual there is no sum to return
     out, summed = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
-    core().rms_norm(
+    arguments = (
         address(x), address(residual), address(weight), address(out), 0 if residual is None else address(summed),
-        address(rstd), CORE_DTYPES.index(x.dtype), CORE_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps,
-        torch.get_num_threads(),
+        address(rstd), CUDA_DTYPES.index(x.dtype), CUDA_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps,
     )  # fmt: skip
+    if cpu:
+        core().rms_norm(*arguments, torch.get_num_threads())
+    else:
+        cuda_core().rms_norm(*arguments, *queue(x))
     return out, summed, rstd
 
 
 def _backward_impl(
     grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if use_core(grad_out, grad_sum, summed, weight):
-        return _backward_core(grad_out, grad_sum, summed, weight, rstd)
+    tensors = grad_out, grad_sum, summed, weight
+    if (cpu := use_core(*tensors)) or use_cuda_core(*tensors):
+        return _backward_core(*tensors, rstd, cpu)
     normalised = summed.contiguous() * rstd
     grad = grad_out.contiguous().to(rstd.dtype)
     grad_weight = (grad * normalised).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
@@ -102,16 +108,19 @@ def _backward_impl(
 
 
 def _backward_core(
-    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor
+    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, weight: Tensor, rstd: Tensor, cpu: bool
 ) -> tuple[Tensor, Tensor]:
     grad_out, summed, weight = grad_out.contiguous(), summed.contiguous(), weight.contiguous()
     grad_sum = None if grad_sum is None else grad_sum.contiguous()
     grad_x, grad_weight = torch.empty_like(summed), torch.empty_like(weight)
-    core().rms_norm_backward(
-        address(grad_out), address(grad_sum), address(summed), address(weight), address(rstd), address(grad_x),
-        address(grad_weight), CORE_DTYPES.index(summed.dtype), CORE_DTYPES.index(weight.dtype), rstd.numel(),
-        weight.numel(), torch.get_num_threads(),
-    )  # fmt: skip
+    tensors = [address(t) for t in (grad_out, grad_sum, summed, weight, rstd, grad_x, grad_weight)]
+    dtypes = CUDA_DTYPES.index(summed.dtype), CUDA_DTYPES.index(weight.dtype)
+    rows, size = rstd.numel(), weight.numel()
+    if cpu:
+        core().rms_norm_backward(*tensors, *dtypes, rows, size, torch.get_num_threads())
+    else:
+        partials = rstd.new_empty((cuda_core().norm_groups(rows, size), size))
+        cuda_core().rms_norm_backward(*tensors, address(partials), *dtypes, rows, size, *queue(summed))
     return grad_x, grad_weight
 
 

@@ -22,6 +22,7 @@ from pyrlhf.ops import _checks, _core
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # checking.py
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))  # load.py
+sys.path.insert(0, str(Path(__file__).parent))  # norms.py
 
 from load import load_emulated
 

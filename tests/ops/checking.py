@@ -23,6 +23,16 @@ def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def as_good_as(ours: Sequence[Tensor], peers: Sequence[Tensor], truth: Sequence[Tensor], tiny: float = 1e-6) -> None:
+    """Each of ours errs at most twice as much as the peer in the same dtype, plus ``tiny``."""
+    for i, (a, b, t) in enumerate(zip(ours, peers, truth, strict=True)):
+        assert a.shape == t.shape
+        if t.numel() == 0:
+            continue
+        error, peer_error = ((x.double() - t).abs().max().item() for x in (a, b))
+        assert error <= 2 * peer_error + tiny, f"result {i}: error {error:.3g}, the peer's {peer_error:.3g}"
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """`torch.equal` in which a NaN equals itself, and 0 does not equal -0."""
     return a.dtype == b.dtype and torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
