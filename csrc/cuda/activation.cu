@@ -129,10 +129,7 @@ __global__ void __launch_bounds__(threads) in_packs(const T* __restrict__ grad_o
 #pragma unroll
     for (int k = 0; k < packs; ++k) {
         const uint32_t i = first + k * block;
-        if (i + width > count) {
-            for (uint32_t j = i; j < count; ++j) one_element<T, kind, gated, backwards>(grad_out, x, out, j, size);
-            continue;
-        }
+        if (i + width > count) continue;
         const Places<gated> at(i, size);
         Pack<T> by_x, by_up;
 #pragma unroll
@@ -144,6 +141,11 @@ __global__ void __launch_bounds__(threads) in_packs(const T* __restrict__ grad_o
         }
         store_pack(out + (backwards ? at.x : at.out), by_x);
         if constexpr (backwards && gated) store_pack(out + at.up, by_up);
+    }
+    if constexpr (!gated) {  // gated, the rows are whole packs
+        const uint32_t left = count % width;
+        if (blockIdx.x == gridDim.x - 1 && threadIdx.x < left)
+            one_element<T, kind, gated, backwards>(grad_out, x, out, count - left + threadIdx.x, size);
     }
 }
 
