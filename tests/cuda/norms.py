@@ -13,9 +13,10 @@ from torch import Tensor
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Rows of a warp and of a block, in 1 to 8 packs of 16 bytes a thread, read again where they are odd or too long; with
-# no row at all, and with more rows than a group of the backward holds.
+# no row at all, with more rows than a group of the backward holds, and with more groups than are summed at a time.
 SHAPES = [
     *((0, 8), (1, 1), (70, 3), (33, 16), (19, 100), (5, 1023), (2, 37, 64), (16,), (9, 512), (17, 1024), (3, 2048)),
+    (600, 12),
     *((1, 4096), (1, 4097), (2, 8192), (1, 16384), (1, 16400)),
 ]
 # float16 goes the ways of bfloat16.
