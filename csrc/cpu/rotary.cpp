@@ -28,10 +28,10 @@ PYRLHF_INLINE void find_angles(float position, const float* inv_freq, int64_t n,
 template <typename T>
 PYRLHF_INLINE void turn(const T* x, T* out, int64_t half, int64_t n, const Angles& angles, bool streamed) {
     for_vectors(n, [&](int64_t i, auto lanes) PYRLHF_LAMBDA {
-        const vf first = load(x + i, lanes), second = load(x + half + i, lanes);
-        const vf sine = load(angles.sine + i), cosine = load(angles.cosine + i);
-        write(out + i, first * cosine - second * sine, lanes, streamed);
-        write(out + half + i, second * cosine + first * sine, lanes, streamed);
+        vf first = load(x + i, lanes), second = load(x + half + i, lanes);
+        turn_pair(first, second, load(angles.sine + i), load(angles.cosine + i));
+        write(out + i, first, lanes, streamed);
+        write(out + half + i, second, lanes, streamed);
     });
 }
 

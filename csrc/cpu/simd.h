@@ -11,6 +11,7 @@
 #endif
 
 #include "core/dtype.h"
+#include "core/rotary.h"
 
 namespace pyrlhf {
 namespace PYRLHF_ISA {
@@ -458,17 +459,8 @@ PYRLHF_INLINE void sincos(vd x, vd& sine, vd& cosine) {
     constexpr double to_integer = 0x1.8p52;  // added and taken away it leaves no bits for a fraction
     const vd n = (x * 0x1.45f306dc9c883p-1 + to_integer) - to_integer;
     const vd r = ((x - n * 0x1.921fbp+0) - n * 0x1.5110bp-22) - n * 0x1.18469898cc517p-44;
-    const vd s = r * r;
-    vd a = s * (-1.0 / 39916800) + 1.0 / 362880;
-    a = a * s - 1.0 / 5040;
-    a = a * s + 1.0 / 120;
-    a = a * s - 1.0 / 6;
-    a = a * s * r + r;
-    vd b = s * (-1.0 / 3628800) + 1.0 / 40320;
-    b = b * s - 1.0 / 720;
-    b = b * s + 1.0 / 24;
-    b = b * s - 0.5;
-    b = b * s + 1.0;
+    vd a, b;
+    sincos_series(r, a, b);
     const vl quarter = (vl)(n + to_integer);  // its low bits are n
     sine = (quarter & 1) != 0 ? b : a;
     cosine = (quarter & 1) != 0 ? a : b;

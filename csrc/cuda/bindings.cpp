@@ -27,6 +27,17 @@ void activation_at(address grad_out, address x, address out, int dtype, int kind
                queue(device, stream));
 }
 
+void decode_attention_at(address q, address k_cache, address v_cache, address page_table, address seq_lens, address out,
+                         address partial, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t pages,
+                         int64_t page_size, int64_t max_pages, int64_t q_row, int64_t q_head, int64_t window,
+                         int64_t splits, float scale, int dtype, address faults, int device, address stream) {
+    const DecodeShape shape = {rows,      heads, kv_heads, dim,    pages,  page_size,
+                               max_pages, q_row, q_head,   window, splits, scale};
+    decode_attention(at<void>(q), at<void>(k_cache), at<void>(v_cache), at<int32_t>(page_table), at<int32_t>(seq_lens),
+                     at<void>(out), at<float>(partial), shape, static_cast<DType>(dtype), at<int32_t>(faults),
+                     queue(device, stream));
+}
+
 void gae_at(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
             int64_t sequences, int64_t total, float gamma, float lam, address faults, int device, address stream) {
     gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap), at<float>(advantages),
@@ -72,17 +83,51 @@ void rms_norm_backward_at(address grad_out, address grad_sum, address summed, ad
                       queue(device, stream));
 }
 
+void rotary_at(address q, address q_out, int64_t q_heads, int64_t q_token, int64_t q_head, address k, address k_out,
+               int64_t k_heads, int64_t k_token, int64_t k_head, address positions, address inv_freq, int64_t tokens,
+               int64_t head_size, int64_t half, bool inverse, int dtype, int device, address stream) {
+    const RotaryShape shape = {at<int64_t>(positions), at<float>(inv_freq), tokens, head_size, half, inverse};
+    rotary({at<void>(q), at<void>(q_out), q_heads, q_token, q_head},
+           {at<void>(k), at<void>(k_out), k_heads, k_token, k_head}, shape, static_cast<DType>(dtype),
+           queue(device, stream));
+}
+
+void rotary_write_kv_at(address q, address q_out, int64_t q_heads, int64_t q_token, int64_t q_head, address k,
+                        address k_cache, int64_t k_heads, int64_t k_token, int64_t k_head, address v, address v_cache,
+                        int64_t v_token, int64_t v_head, address positions, address inv_freq, address slots,
+                        int64_t slot_count, int64_t tokens, int64_t head_size, int64_t half, int dtype, address faults,
+                        int device, address stream) {
+    const RotaryShape shape = {at<int64_t>(positions), at<float>(inv_freq), tokens, head_size, half, false};
+    rotary_write_kv({at<void>(q), at<void>(q_out), q_heads, q_token, q_head},
+                    {at<void>(k), at<void>(k_cache), k_heads, k_token, k_head},
+                    {at<void>(v), at<void>(v_cache), k_heads, v_token, v_head}, at<int64_t>(slots), slot_count, shape,
+                    static_cast<DType>(dtype), at<int32_t>(faults), queue(device, stream));
+}
+
+void write_kv_at(address k, address v, address k_cache, address v_cache, address slots, int64_t tokens, int64_t heads,
+                 int64_t dim_bytes, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head,
+                 int64_t slot_count, address faults, int device, address stream) {
+    const WriteShape shape = {tokens, heads, dim_bytes, k_token, k_head, v_token, v_head, slot_count};
+    write_kv(at<void>(k), at<void>(v), at<void>(k_cache), at<void>(v_cache), at<int64_t>(slots), shape,
+             at<int32_t>(faults), queue(device, stream));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> released;
+    m.attr("decode_chunk") = decode_chunk;
     m.def("activation", &activation_at, released);
+    m.def("decode_attention", &decode_attention_at, released);
     m.def("gae", &gae_at, released);
     m.def("layer_norm", &layer_norm_at, released);
     m.def("layer_norm_backward", &layer_norm_backward_at, released);
     m.def("norm_groups", &norm_groups);
     m.def("rms_norm", &rms_norm_at, released);
     m.def("rms_norm_backward", &rms_norm_backward_at, released);
+    m.def("rotary", &rotary_at, released);
+    m.def("rotary_write_kv", &rotary_write_kv_at, released);
+    m.def("write_kv", &write_kv_at, released);
 }
 
 }  // namespace cuda

@@ -31,7 +31,7 @@ constexpr int warp_size = 32;
 constexpr uint32_t all_lanes = 0xFFFFFFFFu;
 
 template <typename T>
-constexpr T ceil_div(T a, T b) {
+PYRLHF_HD constexpr T ceil_div(T a, T b) {
     return (a + b - 1) / b;
 }
 

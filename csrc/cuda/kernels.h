@@ -63,6 +63,21 @@ inline int64_t norm_groups(int64_t rows, int64_t size) {
 
 void activation(const ActivationArrays& arrays, Queue queue);
 
+// Keys that decode_attention takes as one piece of a row's work: a constant, so that a row's bits depend on its own
+// length only. Pieces are counted from the start of the sequence.
+constexpr int64_t decode_chunk = 512;
+
+// The caches are [pages, page_size, kv_heads, dim], page_table is [rows, max_pages], out is [rows, heads, dim]; q has
+// strides in elements. window: INT64_MAX / 2 or less. splits: the most chunks that a row can see, at least 1; where it
+// is more than 1, partial is [rows, heads, splits, dim + 2] floats of scratch.
+struct DecodeShape {
+    int64_t rows, heads, kv_heads, dim, pages, page_size, max_pages, q_row, q_head, window, splits;
+    float scale;
+};
+void decode_attention(const void* q, const void* k_cache, const void* v_cache, const int32_t* page_table,
+                      const int32_t* seq_lens, void* out, float* partial, const DecodeShape& shape, DType dtype,
+                      int32_t* faults, Queue queue);
+
 void gae(const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,
          float* advantages, float* returns, int64_t sequences, int64_t total, float gamma, float lam, int32_t* faults,
          Queue queue);
@@ -72,6 +87,33 @@ void layer_norm_backward(const NormBackward& arrays, Queue queue);
 
 void rms_norm(const NormForward& arrays, Queue queue);
 void rms_norm_backward(const NormBackward& arrays, Queue queue);
+
+// x is [tokens, heads, head_size] with these strides in elements; out is [rows, heads, head_size], a row a token or, of
+// rotary_write_kv, a slot of the cache.
+struct RotaryHeads {
+    const void* x;
+    void* out;
+    int64_t heads, token_stride, head_stride;
+};
+// Channels (i, i + half) turn by positions[token] * inv_freq[i], backwards if inverse; those from 2 half on stay.
+struct RotaryShape {
+    const int64_t* positions;
+    const float* inv_freq;
+    int64_t tokens, head_size, half;
+    bool inverse;
+};
+void rotary(const RotaryHeads& q, const RotaryHeads& k, const RotaryShape& shape, DType dtype, Queue queue);
+
+// rotary, and write_kv of the turned k and of v.
+void rotary_write_kv(const RotaryHeads& q, const RotaryHeads& k, const RotaryHeads& v, const int64_t* slots,
+                     int64_t slot_count, const RotaryShape& shape, DType dtype, int32_t* faults, Queue queue);
+
+// Sizes in bytes: k and v are [tokens, heads, dim_bytes] with these strides, the caches [slots, heads, dim_bytes].
+struct WriteShape {
+    int64_t tokens, heads, dim_bytes, k_token, k_head, v_token, v_head, slots;
+};
+void write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots, const WriteShape& shape,
+              int32_t* faults, Queue queue);
 
 }  // namespace cuda
 }  // namespace pyrlhf

@@ -23,7 +23,10 @@ _ROWS = 1024  # tokens that it attends to together: what bounds its memory
 
 
 class Attend(Protocol):
-    """Attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. A cache stores k and v here."""
+    """Attention of one layer: q [T, Hq, D], k and v [T, Hkv, D] -> [T, Hq, D]. A cache stores k and v here.
+
+    One that has a method ``turned`` is given q and k before rotary instead, and the frequencies (see `PagedDecode`).
+    """
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None, scale: float | None
@@ -290,6 +293,10 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        turned = getattr(attend, "turned", None)
+        if self.rotary is not None and turned is not None:
+            out = turned(self.layer, q, k, v, self.rotary.inv_freq, window=self.window, scale=self.scale)
+            return self.output(out.reshape(x.shape[0], -1))
         if self.rotary is not None:
             q, k = self.rotary(q, k, positions)
         out = attend(self.layer, q, k, v, causal=self.causal, window=self.window, scale=self.scale)

@@ -1,8 +1,9 @@
 """Attention of one new token a row over its keys and values in the paged cache.
 
-On the CPU csrc/cpu/decode_attention.cpp reads the pages in place. Elsewhere torch gathers them: rows are taken together by
-the number of key blocks that they see, so a row's arithmetic depends on its own length only, and places past a row's end
-read its last key again and get weight 0. Unused cache is never touched, whatever it holds.
+csrc/cpu/decode_attention.cpp and csrc/cuda/decode_attention.cu read the pages in place. For float64 and PYRLHF_BACKEND=ref
+torch gathers them: rows are taken together by the number of key blocks that they see, so a row's arithmetic depends on its own
+length only, and places past a row's end read its last key again and get weight 0. Unused cache is never touched, whatever it
+holds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CORE_DTYPES, CUDA_DTYPES, address, core, cuda_core, faults, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define
 
 _BLOCK = 64  # keys
@@ -114,16 +115,6 @@ def plan_decode(
     return DecodePlan(groups)
 
 
-def plan_on_device(
-    page_table: Tensor, seq_lens: Tensor, page_size: int, kv_heads: int, *, window: int | None = None
-) -> DecodePlan:
-    """`plan_decode` without a look at the lengths from the host, for CUDA graphs: every row, of at least one token, is given as
-    many places as the table or the window has."""
-    room = page_table.shape[1] * page_size
-    blocks = -(-room // _BLOCK) if window is None else min(-(-room // _BLOCK), -(-window // _BLOCK) + 1)
-    return DecodePlan([_group(None, max(blocks, 1), page_table, seq_lens, page_size, kv_heads, window)])
-
-
 def _group(
     rows: Tensor | None,
     blocks: int,
@@ -157,9 +148,11 @@ def attend(
     window: int | None,
     scale: float,
 ) -> Tensor:
-    """`decode_attention` through the core, without its checks, for a decode loop that has made the table itself."""
+    """`decode_attention` by the kernels, without its checks, for a decode loop that has made the table itself."""
     q = q if q.stride(2) == 1 else q.contiguous()
     page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
+    if not use_core(q):
+        return _attend_on_cuda(q, k_cache, v_cache, page_table, seq_lens, window, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     sizes = (*q.shape[:2], k_cache.shape[2], q.shape[2], k_cache.shape[1], page_table.shape[1], *q.stride()[:2])
     done = core().decode_attention(
@@ -172,6 +165,36 @@ def attend(
     )
     if not done:
         raise MemoryError("decode_attention: the kernel's scratch memory could not be allocated; free some memory")
+    return out
+
+
+def _attend_on_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    (rows, heads, dim), (pages, page_size, kv_heads), max_pages = q.shape, k_cache.shape[:3], page_table.shape[1]
+    chunk = cuda_core().decode_chunk
+    splits = -(-max_pages * page_size // chunk)  # the most chunks that a row can see
+    if window is not None:
+        splits = min(splits, -(-window // chunk) + 1)
+    splits = max(splits, 1)
+    partial = q.new_empty(rows * heads * splits * (dim + 2), dtype=torch.float32) if splits > 1 else None
+    cuda_core().decode_attention(
+        *map(address, (q, k_cache, v_cache, page_table, seq_lens, out, partial)),
+        *(rows, heads, kv_heads, dim, pages, page_size, max_pages, *q.stride()[:2]),
+        _EVERYTHING if window is None else min(window, _EVERYTHING),
+        splits,
+        scale,
+        CUDA_DTYPES.index(q.dtype),
+        faults(q),
+        *queue(q),
+    )
     return out
 
 
@@ -273,7 +296,7 @@ def _impl(
     scale: float,
 ) -> Tensor:
     _check_values(page_table, seq_lens, k_cache)
-    if use_core(q):
+    if use_core(q) or use_cuda_core(q):
         return attend(q, k_cache, v_cache, page_table, seq_lens, window, scale)
     plan = plan_decode(page_table, seq_lens, *k_cache.shape[1:3], window=window)
     return attend_planned(q, k_cache, v_cache, plan, scale).contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_tensor, float_dtypes
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CORE_DTYPES, CUDA_DTYPES, address, core, cuda_core, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define, eager_function
 
 
@@ -43,6 +43,11 @@ def rotary(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[T
     return turned
 
 
+def turn(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotary` without its checks and without a gradient, for a decode loop that has made the positions itself."""
+    return _impl(q, k, positions, inv_freq, False)
+
+
 def _check(q: object, k: object, positions: object, inv_freq: object, *, reference: bool = False) -> None:
     op = "rotary"
     check_tensor(op, "q", q, shape=(None, None, None), dtype=float_dtypes(q, reference=reference))
@@ -60,6 +65,8 @@ def _check(q: object, k: object, positions: object, inv_freq: object, *, referen
 def _impl(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     if use_core(q, k):
         return _turn_in_core(q, k, positions, inv_freq, inverse)
+    if use_cuda_core(q, k):
+        return _turn_on_cuda(q, k, positions, inv_freq, inverse)
     wide = torch.promote_types(q.dtype, torch.float32)
     angles = positions.to(wide)[:, None, None] * inv_freq.to(wide)
     cos, sin = angles.cos(), angles.sin()
@@ -78,6 +85,19 @@ def _turn_in_core(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, inv
         address(q), heads, *q.stride()[:2], address(k), k.shape[1], *k.stride()[:2], address(positions),
         address(inv_freq), tokens, size, inv_freq.shape[0], inverse, CORE_DTYPES.index(q.dtype), *map(address, out),
         torch.get_num_threads(),
+    )  # fmt: skip
+    return out[0], out[1]
+
+
+def _turn_on_cuda(q: Tensor, k: Tensor, positions: Tensor, inv_freq: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    positions, inv_freq = positions.contiguous(), inv_freq.contiguous()
+    out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    tokens, heads, size = q.shape
+    cuda_core().rotary(
+        address(q), address(out[0]), heads, *q.stride()[:2], address(k), address(out[1]), k.shape[1], *k.stride()[:2],
+        address(positions), address(inv_freq), tokens, size, inv_freq.shape[0], inverse, CUDA_DTYPES.index(q.dtype),
+        *queue(q),
     )  # fmt: skip
     return out[0], out[1]
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._core import address, core, use_core
+from pyrlhf.ops._core import CUDA_DTYPES, address, core, cuda_core, faults, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define
+from pyrlhf.ops.rotary import turn
 
 
 def write_kv_ref(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -34,7 +35,8 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
 
 def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """`write_kv` without its checks, for a decode loop that has made the slots itself."""
-    if not use_core(k):
+    cpu = use_core(k)
+    if not cpu and not use_cuda_core(k):
         k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots, k)
         v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots, v)
         return
@@ -42,7 +44,39 @@ def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor)
     slots, size = slots.contiguous(), k.element_size()
     (tokens, heads, dim), strides = k.shape, [size * stride for x in (k, v) for stride in x.stride()[:2]]
     tensors = [address(t) for t in (k, v, k_cache, v_cache, slots)]
-    core().write_kv(*tensors, tokens, heads, size * dim, *strides, torch.get_num_threads())
+    if cpu:
+        core().write_kv(*tensors, tokens, heads, size * dim, *strides, torch.get_num_threads())
+    else:
+        room = k_cache.shape[0] * k_cache.shape[1]
+        cuda_core().write_kv(*tensors, tokens, heads, size * dim, *strides, room, faults(k), *queue(k))
+
+
+def turn_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """`rotary` of q and k, then `store` of the turned k and of v; returns the turned q. The same bits, on CUDA in one launch."""
+    if not use_cuda_core(q, k, v):
+        q, k = turn(q, k, positions, inv_freq)
+        store(k, v, k_cache, v_cache, slots)
+        return q
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    positions, inv_freq, slots = positions.contiguous(), inv_freq.contiguous(), slots.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tokens, heads, dim = q.shape
+    cuda_core().rotary_write_kv(
+        address(q), address(out), heads, *q.stride()[:2], address(k), address(k_cache), k.shape[1], *k.stride()[:2],
+        address(v), address(v_cache), *v.stride()[:2], address(positions), address(inv_freq), address(slots),
+        k_cache.shape[0] * k_cache.shape[1], tokens, dim, inv_freq.shape[0], CUDA_DTYPES.index(q.dtype), faults(q),
+        *queue(q),
+    )  # fmt: skip
+    return out
 
 
 def _check(k: object, v: object, k_cache: object, v_cache: object, slots: object, *, reference: bool = False) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
-from pyrlhf.ops._core import use_core
+from pyrlhf.ops._core import use_core, use_cuda_core
 from pyrlhf.ops._memory import streamed
-from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode, plan_on_device
-from pyrlhf.ops.write_kv import store
+from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
+from pyrlhf.ops.write_kv import store, turn_and_store
 from pyrlhf.rollout.scheduler import Pages
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class PagedDecode:
     """
 
     def __init__(self, cache: PagedCache, table: Tensor, positions: Tensor) -> None:
-        self._cache, self._table = cache, table
+        self._cache, self._table, self._positions = cache, table, positions
         self._slots = cache.slots(table, positions)
         self._seq_lens = (positions + 1).int()
         self._plans: dict[int | None, DecodePlan] = {}  # layers with the same window look at the same places
@@ -94,15 +94,22 @@ class PagedDecode:
         store(k, v, self._cache.k[layer], self._cache.v[layer], self._slots)
         return self.look(layer, q, window, scale)
 
+    def turned(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor, *, window: int | None, scale: float | None
+    ) -> Tensor:
+        """The same for q and k before rotary, which turns them on their way."""
+        caches = self._cache.k[layer], self._cache.v[layer]
+        q = turn_and_store(q, k, v, self._positions, inv_freq, *caches, self._slots)
+        return self.look(layer, q, window, scale)
+
     def look(self, layer: int, q: Tensor, window: int | None, scale: float | None) -> Tensor:
         """Attend to what is stored."""
         k_cache, v_cache = self._cache.k[layer], self._cache.v[layer]
         scale = q.shape[2] ** -0.5 if scale is None else scale
-        if use_core(q):
+        if use_core(q) or use_cuda_core(q):
             return attend(q, k_cache, v_cache, self._table, self._seq_lens, window, scale)
         if window not in self._plans:
-            plan = plan_on_device if q.is_cuda else plan_decode
-            self._plans[window] = plan(self._table, self._seq_lens, *k_cache.shape[1:3], window=window)
+            self._plans[window] = plan_decode(self._table, self._seq_lens, *k_cache.shape[1:3], window=window)
         return attend_planned(q, k_cache, v_cache, self._plans[window], scale)
 
 

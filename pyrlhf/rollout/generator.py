@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrlhf import ops
-from pyrlhf.ops._core import raise_faults, use_core
+from pyrlhf.ops._core import raise_faults, use_core, use_cuda_core
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
 from pyrlhf.rollout.program import DecodeProgram
 from pyrlhf.rollout.rollouts import Finished, Rollouts, Sampling, Timings
@@ -564,7 +564,7 @@ def _bucket(rows: int, device: torch.device) -> int:
 
 def _recordable(policy: CausalLM) -> bool:
     weight = policy.trunk.embed.tokens.weight
-    return weight.is_cuda or use_core(weight)
+    return use_core(weight) or use_cuda_core(weight)
 
 
 def _free_memory(device: torch.device) -> int:

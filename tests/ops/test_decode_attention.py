@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pyrlhf.ops import attention, decode_attention, decode_attention_ref, write_kv
 from pyrlhf.ops._core import CORE_DTYPES, core
-from pyrlhf.ops.decode_attention import attend_planned, plan_on_device
 
 module = sys.modules["pyrlhf.ops.decode_attention"]
 LENGTHS = [3, 0, 1, 64, 65, 200, 17]
@@ -384,22 +383,3 @@ def test_wrong_calls_name_the_argument(function):
     ):
         with pytest.raises(error, match=message):
             function(**{**dict(zip(names, case.arguments(), strict=True)), **change})
-
-
-@pytest.mark.parametrize("window", [None, 1, 5, 64, 200])
-@pytest.mark.parametrize("page_size", [1, 16, 100])
-def test_a_plan_that_never_looks_at_the_lengths_gives_the_same(page_size: int, window: int | None) -> None:
-    """What CUDA graphs capture: every row is given all the places that the table has."""
-    torch.manual_seed(0)
-    lengths, most_pages = [1, 7, 64, 65, 130, 199], -(-200 // page_size)
-    pages = len(lengths) * most_pages
-    k, v = torch.full((2, pages, page_size, 2, 8), torch.nan)
-    table = torch.randperm(pages).view(len(lengths), most_pages).int()
-    for row, length in enumerate(lengths):
-        place = torch.arange(length)
-        for cache in (k, v):
-            cache[table[row, place // page_size].long(), place % page_size] = torch.randn(length, 2, 8)
-    q, seq_lens = torch.randn(len(lengths), 6, 8), torch.tensor(lengths, dtype=torch.int32)
-    plan = plan_on_device(table, seq_lens, page_size, 2, window=window)
-    found = attend_planned(q, k, v, plan, 8**-0.5)
-    torch.testing.assert_close(found, decode_attention_ref(q, k, v, table, seq_lens, window=window))
