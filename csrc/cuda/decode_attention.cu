@@ -59,12 +59,14 @@ struct Strip {
 
 // 16 bytes of a row of `size` elements from element `at` on; zeros beyond its end, or where the row is not wanted.
 template <typename T>
-PYRLHF_DEVICE void copy_part(T* to, const T* row, int at, int size, bool wanted, bool on_16) {
-    if (on_16) {
-        wanted = wanted && at < size;
-        copy_async<16>(to, row + (wanted ? at : 0), wanted);
-        return;
-    }
+PYRLHF_DEVICE void copy_part(T* to, const T* row, int at, int size, bool wanted) {
+    wanted = wanted && at < size;
+    copy_async<16>(to, row + (wanted ? at : 0), wanted);
+}
+
+// The same where nothing need lie on 16 bytes.
+template <typename T>
+PYRLHF_DEVICE void copy_elements(T* to, const T* row, int at, int size, bool wanted) {
 #pragma unroll
     for (int i = 0; i < Pack<T>::size; ++i) {
         T x = {};
@@ -108,10 +110,9 @@ struct Attention {
             total[half] *= fade;
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const T low = rounded<T>(exp2f(s[n][half * 2] - base));
-                const T high = rounded<T>(exp2f(s[n][half * 2 + 1] - base));
-                total[half] += to_float(low) + to_float(high);
-                p[n * 2 + half] = pack_pair(low, high);
+                const uint32_t pair = rounded_pair(exp2f(s[n][half * 2] - base), exp2f(s[n][half * 2 + 1] - base), T{});
+                total[half] += low_half<T>(pair) + high_half<T>(pair);  // what the product will see
+                p[n * 2 + half] = pair;
             }
 #pragma unroll
             for (int c = 0; c < dim / 8; ++c) {
@@ -246,7 +247,8 @@ template <typename T, int dim>
 struct Shared {
     static constexpr int rows = Attention<T, dim>::rows;
     static constexpr int stages = dim <= 128 ? 3 : 2;
-    static constexpr int blocks = dim <= 64 ? 4 : dim <= 128 ? 2 : 1;  // that fit on a processor of 228 KB
+    // That fit on a processor of 228 KB; in float32 one less at 64, where the registers of four would not do.
+    static constexpr int blocks = dim <= 64 ? (sizeof(T) == 4 ? 3 : 4) : dim <= 128 ? 2 : 1;
     alignas(16) T q[rows][Strip<T, dim>::pitch];
     union {
         Strip<T, dim> strips[warps][stages];
@@ -310,22 +312,33 @@ __global__ void __launch_bounds__(threads, Shared<T, dim>::blocks)
     const auto fetch = [&](const Place& place, Mine& to) -> uint32_t {
         const bool known = place.page >= 0 && place.page < shape.pages;
         if (place.wanted && !known) raise_fault(arrays.faults, Fault::decode_attention_page_table);
-        const int64_t slot = place.wanted && known ? place.page * shape.page_size + place.within : -1;
-#pragma unroll
-        for (int i = 0; i < keys * parts / warp_size; ++i) {
+        const int64_t offset =
+            place.wanted && known ? (place.page * shape.page_size + place.within) * token_size : int64_t{-1};
+        const auto each_part = [&](int i, auto&& copy) {
             const int index = i * warp_size + lane, key = index / parts, at = index % parts * width;
-            const int64_t from = __shfl_sync(all_lanes, slot, key);
-            const int64_t offset = max(from, int64_t{0}) * token_size;
-            copy_part(&to.k[key][at], k_cache + offset, at, size, from >= 0, on_16);
-            copy_part(&to.v[key][at], v_cache + offset, at, size, from >= 0, on_16);
+            const int64_t from = __shfl_sync(all_lanes, offset, key), row = max(from, int64_t{0});
+            copy(&to.k[key][at], k_cache + row, at, size, from >= 0);
+            copy(&to.v[key][at], v_cache + row, at, size, from >= 0);
+        };
+        constexpr int rounds = keys * parts / warp_size;
+        if (on_16) {
+#pragma unroll
+            for (int i = 0; i < rounds; ++i) each_part(i, copy_part<T>);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < rounds; ++i) each_part(i, copy_elements<T>);
         }
-        return __ballot_sync(all_lanes, slot >= 0);
+        return __ballot_sync(all_lanes, offset >= 0);
     };
 
     const T* q = static_cast<const T*>(arrays.q) + row * shape.q_row + first_head * shape.q_head;
     for (int i = threadIdx.x; i < rows * parts; i += threads) {
         const int r = i / parts, at = i % parts * width;
-        copy_part(&shared.q[r][at], q + min(r, count - 1) * shape.q_head, at, size, r < count, q_on_16);
+        const T* from = q + min(r, count - 1) * shape.q_head;
+        if (q_on_16)
+            copy_part(&shared.q[r][at], from, at, size, r < count);
+        else
+            copy_elements(&shared.q[r][at], from, at, size, r < count);
     }
     close_async();
 

@@ -11,10 +11,13 @@
 namespace pyrlhf {
 namespace cuda {
 
-// Two 16-bit floats as one register.
 template <typename T>
-PYRLHF_DEVICE uint32_t pack_pair(T low, T high) {
-    return uint32_t{low.bits} | uint32_t{high.bits} << 16;
+PYRLHF_DEVICE float low_half(uint32_t pair) {
+    return to_float(T{static_cast<uint16_t>(pair & 0xFFFFu)});
+}
+template <typename T>
+PYRLHF_DEVICE float high_half(uint32_t pair) {
+    return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
 
 // Registers of four 8 x 8 matrices of 16-bit floats: register i of a lane holds (lane / 4, 2 (lane % 4)..+1) of matrix
@@ -23,7 +26,18 @@ struct Matrices {
     uint32_t x[4];
 };
 
+// Two floats as 16-bit floats in one register: rounded_pair(low, high, T{}). mma: c += a b.
 #if defined(__CUDACC__)
+PYRLHF_DEVICE uint32_t rounded_pair(float low, float high, bf16) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+PYRLHF_DEVICE uint32_t rounded_pair(float low, float high, f16) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
 PYRLHF_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
@@ -59,6 +73,11 @@ PYRLHF_DEVICE Matrices load_matrices(const void* row) {
 }
 #else
 template <typename T>
+uint32_t rounded_pair(float low, float high, T) {
+    return uint32_t{rounded<T>(low).bits} | uint32_t{rounded<T>(high).bits} << 16;
+}
+
+template <typename T>
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T, const char* file = __builtin_FILE(),
          int line = __builtin_LINE()) {
     struct Given {
@@ -69,9 +88,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T, con
         all_lanes, &given, &c,
         [](const void* const* all, void* const* found) {
             const auto of = [&](int lane) -> const Given& { return *static_cast<const Given*>(all[lane]); };
-            const auto half = [](uint32_t pair, int which) {
-                return to_float(T{static_cast<uint16_t>(which ? pair >> 16 : pair & 0xFFFFu)});
-            };
+            const auto half = [](uint32_t pair, int which) { return which ? high_half<T>(pair) : low_half<T>(pair); };
             float product[16][8];
             for (int m = 0; m < 16; ++m)
                 for (int n = 0; n < 8; ++n) {

@@ -32,8 +32,7 @@ __global__ void products(const T* a, const T* keys, const T* values, const float
     mma(s[1], left.x, right.x[2], right.x[3], T{});
     uint32_t p[4];
     for (int n = 0; n < 2; ++n)
-        for (int half = 0; half < 2; ++half)
-            p[n * 2 + half] = pack_pair(rounded<T>(s[n][half * 2]), rounded<T>(s[n][half * 2 + 1]));
+        for (int half = 0; half < 2; ++half) p[n * 2 + half] = rounded_pair(s[n][half * 2], s[n][half * 2 + 1], T{});
     const Matrices across = load_matrices<true>(&shared.values[lane % 16][lane / 16 * 8]);
     mma(o[0], p, across.x[0], across.x[1], T{});
     mma(o[1], p, across.x[2], across.x[3], T{});
