@@ -247,8 +247,7 @@ template <typename T, int dim>
 struct Shared {
     static constexpr int rows = Attention<T, dim>::rows;
     static constexpr int stages = dim <= 128 ? 3 : 2;
-    // That fit on a processor of 228 KB; in float32 one less at 64, where the registers of four would not do.
-    static constexpr int blocks = dim <= 64 ? (sizeof(T) == 4 ? 3 : 4) : dim <= 128 ? 2 : 1;
+    static constexpr int blocks = dim <= 64 ? 3 : dim <= 128 ? 2 : 1;  // that fit on a processor of 228 KB
     alignas(16) T q[rows][Strip<T, dim>::pitch];
     union {
         Strip<T, dim> strips[warps][stages];

@@ -89,7 +89,7 @@ PYRLHF_DEVICE void each_head(const Heads<T>& heads, int64_t token, int64_t row, 
 }
 
 template <typename T, int width>
-__global__ void __launch_bounds__(threads) rotary_kernel(Arguments<T> arguments) {
+__global__ void __launch_bounds__(threads, 4) rotary_kernel(Arguments<T> arguments) {
     const Arguments<T>& a = arguments;
     const int64_t index = int64_t{blockIdx.x} * threads + threadIdx.x, token = index / a.items;
     if (token >= a.tokens) return;
