@@ -12,6 +12,7 @@ enum class Fault : int {
     decode_attention_seq_lens,
     decode_attention_page_table,
     sample_logits,
+    linear_logprob_targets,
 };
 
 }  // namespace pyrlhf

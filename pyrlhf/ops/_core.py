@@ -23,6 +23,7 @@ FAULTS = (
     "decode_attention: seq_lens must be in 0..max_pages * page_size",
     "decode_attention: page_table must hold pages of the cache wherever seq_lens reaches",
     "sample: logits must be finite or -inf with one finite entry a row",
+    "linear_logprob: targets must be token ids in 0..V-1",
 )
 
 

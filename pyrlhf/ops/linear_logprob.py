@@ -1,8 +1,8 @@
 """Log-probability of given tokens and entropy of the next-token distribution, from hidden states, without the logits.
 
 On the CPU one C++ kernel a direction does it all, products included: torch has no product of bfloat16 matrices with float32
-logits there. Elsewhere torch does it by slabs: the logits of ROWS rows by a chunk of the vocabulary exist at a time. The
-vocabulary is the outer loop, so that a chunk's float32 weight and weight gradient exist once; a running (maximum, sum,
+logits there. On CUDA Triton kernels do (kernels/linear_logprob.py). For float64 and PYRLHF_BACKEND=ref torch does it by
+slabs: the logits of ROWS rows by a chunk of the vocabulary exist at a time. The vocabulary is the outer loop, so that a chunk's float32 weight and weight gradient exist once; a running (maximum, sum,
 weighted sum) a row joins the chunks (online softmax, arXiv:1805.02867). The backward makes the logits again. Rows go
 through GEMMs of one shape, whatever N is, because BLAS picks its order of summation by shape.
 """
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CORE_DTYPES, FAULTS, address, core, fault_flags, use_core, use_triton
 from pyrlhf.ops._library import define, eager_function
 
 ROWS = 128
 _CHUNK_BYTES = 32 << 20
+_FAULT = next(i for i, what in enumerate(FAULTS) if what.startswith("linear_logprob"))
 _LOWEST = -1e30  # below every logit, and finite: differences of two of it are not NaN
 
 
@@ -49,8 +50,9 @@ def linear_logprob(
 
     Returns ``(logprob [N], entropy [N])`` float32, in nats; differentiable in hidden, weight and bias through both.
     Products and sums are float32, the weight's gradient too until its last rounding. Beside the inputs, the outputs and the
-    gradients (hidden's in float32), it holds at most 64 MiB whatever N and V are, for D <= 32768. Of one number of threads,
-    a row's bits do not depend on the other rows.
+    gradients (hidden's in float32), it holds at most 64 MiB whatever N and V are, for D <= 32768; on CUDA 256 MiB and, in the
+    forward, 2 KiB a row. Of one number of threads, a row's bits do not depend on the other rows. On CUDA a target outside
+    0..V-1 gives NaN and a fault that the next wait raises; with PYRLHF_CHECK=1, and on the CPU, ValueError at once.
     Raises ValueError or TypeError naming the argument.
     """
     _check(hidden, weight, targets, bias, temperature)
@@ -134,6 +136,28 @@ def _backward_core(
         address(scratch), torch.get_num_threads(),
     )  # fmt: skip
     return by_hidden, by_weight, by_bias
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------------
+
+
+def _forward_triton(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pyrlhf.kernels import linear_logprob as kernels
+
+    given = hidden.contiguous(), weight.contiguous(), targets.contiguous(), None if bias is None else bias.contiguous()
+    return kernels.forward(*given, temperature, fault_flags(hidden.device), _FAULT)
+
+
+def _backward_triton(
+    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pyrlhf.kernels import linear_logprob as kernels
+
+    bias, entropy, lse, temperature, wanted = rest
+    arrays = [x.contiguous() for x in (grad_logprob, grad_entropy, hidden, weight, targets)]
+    return kernels.backward(*arrays, None if bias is None else bias.contiguous(), entropy, lse, temperature, wanted)
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------------
@@ -270,14 +294,16 @@ def _forward_impl(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_targets(targets, weight.shape[0])
-    run = _forward_core if use_core(hidden, weight, bias) else _forward_torch
+    given = (hidden, weight, bias)
+    run = _forward_core if use_core(*given) else _forward_triton if use_triton(*given) else _forward_torch
     return run(hidden, weight, targets, bias, temperature)
 
 
 def _backward_impl(
     grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    run = _backward_core if use_core(hidden, weight) else _backward_torch
+    given = (hidden, weight)
+    run = _backward_core if use_core(*given) else _backward_triton if use_triton(*given) else _backward_torch
     return run(grad_logprob, grad_entropy, hidden, weight, *rest)
 
 
