@@ -2,7 +2,7 @@
 
 Forward: the vocabulary is cut into splits. A program takes a block of rows through one split, a tile of logits at a time, and
 keeps four numbers a row: the maximum, the sum of powers, the weighted sum, the target's logit. A second kernel joins the
-splits (online softmax, arXiv:1805.02867). Logits are counted in units of log 2, because the hardware's exponential is 2^x.
+splits (online softmax, arXiv:1805.02867).
 
 Backward, a slab of the vocabulary by a block of rows at a time: the logits are made again, by the same sums in the same order
 as forward (so p is exp of the very logits that lse was made of, in float32), and leave the registers as the gradient of the
@@ -20,7 +20,6 @@ Invariants:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,10 +32,8 @@ _MAX_SPLITS = 128  # so many programs a block of rows: a full GPU even for few r
 _SLAB_BYTES = 128 << 20
 _SLAB_COLUMNS = (1024, 8192)  # at least, at most
 
-_LOG2E = math.log2(math.e)
-_LN2 = tl.constexpr(math.log(2.0))
 _LOWEST = tl.constexpr(-1e30)  # below every logit, and finite: differences of two of it are not NaN
-_FLOOR = tl.constexpr(-1e4)  # 2^x is 0 from far above: it stands for -inf where a product with 0 must be 0
+_FLOOR = tl.constexpr(-1e4)  # e^x is 0 from far above: it stands for -inf where a product with 0 must be 0
 
 
 class Tiles(NamedTuple):
@@ -94,7 +91,7 @@ def _logits(
     hidden, weight, bias, row, col, n, vocabulary, dim, end, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of logits / (temperature log 2), -inf beyond the vocabulary. Rows and columns beyond the ends read the last one.
+    """A tile of scale x logits, -inf beyond the vocabulary. Rows and columns beyond the ends read the last one.
 
     end: dim, or 0 where nobody looks at the tile.
     """
@@ -124,7 +121,7 @@ def forward_kernel(
     hidden, weight, bias, targets, partials, n, vocabulary, dim, splits, width, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """partials [4, splits, n]: maximum, sum of 2^(z - maximum), sum of 2^(z - maximum) (z - maximum), the target's z."""
+    """partials [4, splits, n]: maximum, sum of e^(z - maximum), sum of e^(z - maximum) (z - maximum), the target's z."""
     block, split = _place(tl.program_id(0), tl.cdiv(n, ROWS), splits, GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
     target = _targets(targets, rows, n, vocabulary)
@@ -140,9 +137,9 @@ def forward_kernel(
         picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
         now = tl.maximum(highest, tl.max(z, 1))
         step = highest - now
-        shrink = tl.exp2(step)
+        shrink = tl.exp(step)
         below = tl.maximum(z - now[:, None], _FLOOR, propagate_nan=tl.PropagateNan.ALL)
-        power = tl.exp2(below)
+        power = tl.exp(below)
         # the sums so far move to the new maximum: weighted first, it needs the old total
         weighted = (weighted + step * total) * shrink + tl.sum(power * below, 1)
         total = total * shrink + tl.sum(power, 1)
@@ -160,7 +157,7 @@ def merge_kernel(
     partials, targets, logprob, entropy, lse, faults, n, vocabulary, splits,
     FAULT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of ROWS rows; back to natural units."""
+    """Joins the splits of ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     split = tl.arange(0, SPLITS)[:, None]
     inside = (split < splits) & (rows < n)[None, :]
@@ -169,17 +166,17 @@ def merge_kernel(
     highest = tl.load(at, inside, _LOWEST)
     top = tl.max(highest, 0)
     step = highest - top[None, :]
-    shrink = tl.exp2(step)
+    shrink = tl.exp(step)
     part = tl.load(at + plane, inside, 0.0)
     total = tl.where(rows < n, tl.sum(part * shrink, 0), 1.0)
     weighted = tl.sum((tl.load(at + 2 * plane, inside, 0.0) + step * part) * shrink, 0)
     picked = tl.sum(tl.load(at + 3 * plane, inside, 0.0), 0)  # one split has it, the others 0
-    log_total = tl.log2(total)
+    log_total = tl.log(total)
     target = tl.load(targets + rows, rows < n, 0)
     valid = (target >= 0) & (target < vocabulary)
-    tl.store(logprob + rows, tl.where(valid, (picked - top - log_total) * _LN2, float("nan")), rows < n)
-    tl.store(entropy + rows, (log_total - weighted / total) * _LN2, rows < n)
-    tl.store(lse + rows, (top + log_total) * _LN2, rows < n)
+    tl.store(logprob + rows, tl.where(valid, (picked - top) - log_total, float("nan")), rows < n)
+    tl.store(entropy + rows, log_total - weighted / total, rows < n)
+    tl.store(lse + rows, top + log_total, rows < n)
     tl.store(faults + FAULT, 1, tl.min(valid.to(tl.int32), 0) == 0)
 
 
@@ -197,7 +194,7 @@ def _active(by_logprob, by_entropy):
 @triton.jit
 def grad_logits_kernel(
     hidden, weight, bias, targets, lse, entropy, grad_logprob, grad_entropy, grad, n, vocabulary, dim, first, width,
-    scale, by_temperature,
+    scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad [whole tiles of rows, width] = g (onehot - p) - h p (log p + H), over the temperature, 0 beyond n and the vocabulary.
@@ -206,25 +203,24 @@ def grad_logits_kernel(
     """
     block, across = _place(tl.program_id(0), tl.cdiv(n, ROWS), width // COLUMNS, GROUP)
     rows = block * ROWS + tl.arange(0, ROWS)
-    g = tl.load(grad_logprob + rows, rows < n, 0.0) * by_temperature
-    h = tl.load(grad_entropy + rows, rows < n, 0.0) * by_temperature
+    g = tl.load(grad_logprob + rows, rows < n, 0.0) * scale
+    h = tl.load(grad_entropy + rows, rows < n, 0.0) * scale
     active = _active(g, h)
     end = dim * tl.max(active.to(tl.int32), 0)
     z = _logits(
         hidden, weight, bias, block * ROWS, first + across * COLUMNS, n, vocabulary, dim, end, scale, ROWS, COLUMNS, DEPTH, EVEN
     )  # fmt: skip
-    # a row that is not active has p = 0, whatever its logits are; one with a NaN among them has entropy NaN, so same is NaN
-    normal = tl.where(active, tl.load(lse + rows, rows < n, 0.0) / _LN2, -_LOWEST)
-    same = tl.where(active, g + h * tl.load(entropy + rows, rows < n, 0.0), 0.0)
-    slope = h * _LN2
+    normal = tl.load(lse + rows, rows < n, 0.0)
+    same = g + h * tl.load(entropy + rows, rows < n, 0.0)
     target = _targets(targets, rows, n, vocabulary) - first
     halves = _halves(z, ROWS, COLUMNS)
     grad += tl.cast(block * ROWS, tl.int64) * width
     for half in tl.static_range(2):
         cols = across * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-        logp = tl.maximum(halves[half] - normal[:, None], _FLOOR)
-        found = -tl.exp2(logp) * (same[:, None] + slope[:, None] * logp)
+        logp = tl.maximum(halves[half] - normal[:, None], _FLOOR, propagate_nan=tl.PropagateNan.ALL)
+        found = -tl.exp(logp) * (same[:, None] + h[:, None] * logp)
         found = tl.where(cols[None, :] == target[:, None], found + g[:, None], found)
+        found = tl.where(active[:, None], found, 0.0)
         at = (rows - block * ROWS)[:, None] * width + cols[None, :]
         tl.store(grad + at, found.to(grad.dtype.element_ty))
 
@@ -292,7 +288,7 @@ def forward(
     partials = hidden.new_empty((4, splits, n), dtype=torch.float32)
     with torch.cuda.device_of(hidden):
         forward_kernel[(triton.cdiv(n, tiles.rows) * splits,)](
-            hidden, weight, bias, targets, partials, n, vocabulary, dim, splits, width, _LOG2E / temperature,
+            hidden, weight, bias, targets, partials, n, vocabulary, dim, splits, width, 1 / temperature,
             ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, GROUP=_GROUP,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -381,7 +377,7 @@ def _grad_logits(
     (n, dim), width = hidden.shape, grad.shape[1]
     grad_logits_kernel[(triton.cdiv(n, tiles.rows) * (width // tiles.columns),)](
         hidden, weight, bias, targets, lse, entropy, *upstream, grad, n, weight.shape[0], dim, first, width,
-        _LOG2E / temperature, 1 / temperature,
+        1 / temperature,
         ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, GROUP=_GROUP,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
