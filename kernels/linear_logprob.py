@@ -61,8 +61,8 @@ _MERGED = 16  # rows of one program that joins splits
 
 
 def tiles_of(t: Tensor) -> Tiles:
-    """large: 227 KiB of shared memory a program (sm_90, sm_100); small: every other GPU has 99 KiB at least."""
-    large = t.is_cuda and torch.cuda.get_device_properties(t.device).shared_memory_per_block_optin >= 227 << 10
+    """large: 227 KiB of shared memory a program (sm_90, sm_100, sm_103); small: every other GPU has 99 KiB at least."""
+    large = t.is_cuda and torch.cuda.get_device_capability(t.device)[0] in (9, 10)
     return _TILES["large" if large else "small", t.element_size()]
 
 

@@ -151,13 +151,23 @@ def _forward_triton(
 
 
 def _backward_triton(
-    grad_logprob: Tensor, grad_entropy: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    entropy: Tensor,
+    lse: Tensor,
+    temperature: float,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pyrlhf.kernels import linear_logprob as kernels
 
-    bias, entropy, lse, temperature, wanted = rest
-    arrays = [x.contiguous() for x in (grad_logprob, grad_entropy, hidden, weight, targets)]
-    return kernels.backward(*arrays, None if bias is None else bias.contiguous(), entropy, lse, temperature, wanted)
+    upstream = grad_logprob.contiguous(), grad_entropy.contiguous()
+    given = hidden.contiguous(), weight.contiguous(), targets.contiguous()
+    offset = None if bias is None else bias.contiguous()
+    return kernels.backward(*upstream, *given, offset, entropy, lse, temperature, wanted)
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------------
