@@ -21,12 +21,13 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _MAX_SPLITS = 128  # so many programs a block of rows: a full GPU even for few rows
 _SLAB_BYTES = 128 << 20
@@ -61,9 +62,13 @@ _MERGED = 16  # rows of one program that joins splits
 
 
 def tiles_of(t: Tensor) -> Tiles:
-    """large: 227 KiB of shared memory a program (sm_90, sm_100, sm_103); small: every other GPU has 99 KiB at least."""
-    large = t.is_cuda and torch.cuda.get_device_capability(t.device)[0] in (9, 10)
-    return _TILES["large" if large else "small", t.element_size()]
+    """large: 227 KiB of shared memory a program; small: every other GPU has 99 KiB at least."""
+    return _TILES["large" if _large(t) else "small", t.element_size()]
+
+
+def _large(t: Tensor) -> bool:
+    """sm_90, sm_100, sm_103: they have TMA too."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] in (9, 10)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------------
@@ -89,28 +94,33 @@ def _targets(targets, rows, n, vocabulary):
 @triton.jit
 def _logits(
     hidden, weight, bias, row, col, n, vocabulary, dim, end, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A tile of scale x logits, -inf beyond the vocabulary. Rows and columns beyond the ends read the last one.
+    """A tile of scale x logits, -inf beyond the vocabulary. Rows and columns beyond the ends read the last one, or zeros.
 
-    end: dim, or 0 where nobody looks at the tile.
+    end: dim, or 0 where nobody looks at the tile. TMA: hidden and weight are descriptors.
     """
-    k = tl.arange(0, DEPTH)
-    rows = row + tl.arange(0, ROWS)
     cols = col + tl.arange(0, COLUMNS)
-    hidden += tl.cast(row, tl.int64) * dim
-    weight += tl.cast(col, tl.int64) * dim
-    a = (tl.minimum(rows, n - 1) - row)[:, None] * dim + k[None, :]
-    b = (tl.minimum(cols, vocabulary - 1) - col)[None, :] * dim + k[:, None]
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, end, DEPTH):
-        if EVEN:
-            x, y = tl.load(hidden + start + a), tl.load(weight + start + b)
-        else:
-            inside = k < dim - start
-            x = tl.load(hidden + start + a, inside[None, :], 0.0)
-            y = tl.load(weight + start + b, inside[:, None], 0.0)
-        sums = tl.dot(x, y, sums, input_precision="ieee")
+    if TMA:
+        for start in range(0, end, DEPTH):
+            x, y = hidden.load([row, start]), weight.load([col, start])
+            sums = tl.dot(x, y.T, sums, input_precision="ieee")
+    else:
+        k = tl.arange(0, DEPTH)
+        rows = row + tl.arange(0, ROWS)
+        hidden += tl.cast(row, tl.int64) * dim
+        weight += tl.cast(col, tl.int64) * dim
+        a = (tl.minimum(rows, n - 1) - row)[:, None] * dim + k[None, :]
+        b = (tl.minimum(cols, vocabulary - 1) - col)[None, :] * dim + k[:, None]
+        for start in range(0, end, DEPTH):
+            if EVEN:
+                x, y = tl.load(hidden + start + a), tl.load(weight + start + b)
+            else:
+                inside = k < dim - start
+                x = tl.load(hidden + start + a, inside[None, :], 0.0)
+                y = tl.load(weight + start + b, inside[:, None], 0.0)
+            sums = tl.dot(x, y, sums, input_precision="ieee")
     if bias is not None:
         sums += tl.load(bias + cols, cols < vocabulary, 0.0).to(tl.float32)[None, :]
     return tl.where(cols[None, :] < vocabulary, sums * scale, float("-inf"))
@@ -119,7 +129,7 @@ def _logits(
 @triton.jit
 def forward_kernel(
     hidden, weight, bias, targets, partials, n, vocabulary, dim, splits, width, scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """partials [4, splits, n]: maximum, sum of e^(z - maximum), sum of e^(z - maximum) (z - maximum), the target's z."""
     block, split = _place(tl.program_id(0), tl.cdiv(n, ROWS), splits, GROUP)
@@ -132,7 +142,7 @@ def forward_kernel(
     for start in range(split * width, min((split + 1) * width, vocabulary), COLUMNS):
         cols = start + tl.arange(0, COLUMNS)
         z = _logits(
-            hidden, weight, bias, block * ROWS, start, n, vocabulary, dim, dim, scale, ROWS, COLUMNS, DEPTH, EVEN
+            hidden, weight, bias, block * ROWS, start, n, vocabulary, dim, dim, scale, ROWS, COLUMNS, DEPTH, EVEN, TMA
         )  # fmt: skip
         picked += tl.sum(tl.where(cols[None, :] == target[:, None], z, 0.0), 1)
         now = tl.maximum(highest, tl.max(z, 1))
@@ -195,7 +205,7 @@ def _active(by_logprob, by_entropy):
 def grad_logits_kernel(
     hidden, weight, bias, targets, lse, entropy, grad_logprob, grad_entropy, grad, n, vocabulary, dim, first, width,
     scale,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """grad [whole tiles of rows, width] = g (onehot - p) - h p (log p + H), over the temperature, 0 beyond n and the vocabulary.
 
@@ -208,7 +218,7 @@ def grad_logits_kernel(
     active = _active(g, h)
     end = dim * tl.max(active.to(tl.int32), 0)
     z = _logits(
-        hidden, weight, bias, block * ROWS, first + across * COLUMNS, n, vocabulary, dim, end, scale, ROWS, COLUMNS, DEPTH, EVEN
+        hidden, weight, bias, block * ROWS, first + across * COLUMNS, n, vocabulary, dim, end, scale, ROWS, COLUMNS, DEPTH, EVEN, TMA
     )  # fmt: skip
     normal = tl.load(lse + rows, rows < n, 0.0)
     same = g + h * tl.load(entropy + rows, rows < n, 0.0)
@@ -229,7 +239,7 @@ def grad_logits_kernel(
 def grad_hidden_kernel(
     grad, weight, grad_logprob, grad_entropy, sums, out, n, dim, count, width,
     FIRST: tl.constexpr, LAST: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """sums [n, dim] (+)= grad [whole tiles of rows, width] @ weight [count <= width, dim], of the last slab to out. grad is 0 beyond count."""
     block, across = _place(tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(dim, COLUMNS), GROUP)
@@ -237,15 +247,20 @@ def grad_hidden_kernel(
     cols = across * COLUMNS + tl.arange(0, COLUMNS)
     active = _active(tl.load(grad_logprob + rows, rows < n, 0.0), tl.load(grad_entropy + rows, rows < n, 0.0))
     end = count * tl.max(active.to(tl.int32), 0)
-    k = tl.arange(0, DEPTH)
-    a = grad + rows.to(tl.int64)[:, None] * width + k[None, :]
-    b = weight + k.to(tl.int64)[:, None] * dim + cols[None, :]
     found = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, end, DEPTH):
-        y = tl.load(b, (k < count - start)[:, None] & (cols < dim)[None, :], 0.0)
-        found = tl.dot(tl.load(a), y, found, input_precision="ieee")
-        a += DEPTH
-        b += DEPTH * tl.cast(dim, tl.int64)
+    if TMA:
+        for start in range(0, end, DEPTH):
+            x, y = grad.load([block * ROWS, start]), weight.load([start, across * COLUMNS])
+            found = tl.dot(x, y, found, input_precision="ieee")
+    else:
+        k = tl.arange(0, DEPTH)
+        a = grad + rows.to(tl.int64)[:, None] * width + k[None, :]
+        b = weight + k.to(tl.int64)[:, None] * dim + cols[None, :]
+        for start in range(0, end, DEPTH):
+            y = tl.load(b, (k < count - start)[:, None] & (cols < dim)[None, :], 0.0)
+            found = tl.dot(tl.load(a), y, found, input_precision="ieee")
+            a += DEPTH
+            b += DEPTH * tl.cast(dim, tl.int64)
     halves = _halves(found, ROWS, COLUMNS)
     for half in tl.static_range(2):
         cols = across * COLUMNS + half * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
@@ -275,6 +290,18 @@ def _slab_width(vocabulary: int, dim: int, columns: int) -> int:
     return min(width, columns * triton.cdiv(vocabulary, columns))
 
 
+def _operands(a: Tensor, a_block: tuple[int, int], b: Tensor, b_block: tuple[int, int]) -> tuple[bool, Any, Any]:
+    """Whether TMA loads the operands of a product, and these: as descriptors of such blocks, or as they are.
+
+    TMA (sm_90) needs rows of whole 16 bytes. It takes addresses out of the registers and the loads out of the instruction
+    stream; what lies beyond a matrix is 0. float32, whose products are plain FMAs, would gain nothing.
+    """
+    fits = all(t.element_size() == 2 and t.shape[1] % 8 == 0 and t.data_ptr() % 16 == 0 for t in (a, b))
+    if not (fits and _large(a)):
+        return False, a, b
+    return True, TensorDescriptor.from_tensor(a, list(a_block)), TensorDescriptor.from_tensor(b, list(b_block))
+
+
 def forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, faults: Tensor, fault: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -286,10 +313,11 @@ def forward(
     width = _split_width(vocabulary, tiles.columns)
     splits = triton.cdiv(vocabulary, width)
     partials = hidden.new_empty((4, splits, n), dtype=torch.float32)
+    tma, x, y = _operands(hidden, (tiles.rows, tiles.depth), weight, (tiles.columns, tiles.depth))
     with torch.cuda.device_of(hidden):
         forward_kernel[(triton.cdiv(n, tiles.rows) * splits,)](
-            hidden, weight, bias, targets, partials, n, vocabulary, dim, splits, width, 1 / temperature,
-            ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, GROUP=_GROUP,
+            x, y, bias, targets, partials, n, vocabulary, dim, splits, width, 1 / temperature,
+            ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, TMA=tma, GROUP=_GROUP,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(n, _MERGED),)](
@@ -375,10 +403,11 @@ def _grad_logits(
     tiles: Tiles,
 ) -> None:
     (n, dim), width = hidden.shape, grad.shape[1]
+    tma, x, y = _operands(hidden, (tiles.rows, tiles.depth), weight, (tiles.columns, tiles.depth))
     grad_logits_kernel[(triton.cdiv(n, tiles.rows) * (width // tiles.columns),)](
-        hidden, weight, bias, targets, lse, entropy, *upstream, grad, n, weight.shape[0], dim, first, width,
+        x, y, bias, targets, lse, entropy, *upstream, grad, n, weight.shape[0], dim, first, width,
         1 / temperature,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, GROUP=_GROUP,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, TMA=tma, GROUP=_GROUP,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
@@ -394,10 +423,11 @@ def _grad_hidden(
     tiles: Tiles,
 ) -> None:
     (n, dim), count, width = out.shape, weight.shape[0], grad.shape[1]
+    tma, x, y = _operands(grad, (tiles.rows, tiles.depth), weight, (tiles.depth, tiles.columns))
     grad_hidden_kernel[(triton.cdiv(n, tiles.rows) * triton.cdiv(dim, tiles.columns),)](
-        grad, weight, *upstream, sums, out, n, dim, count, width,
+        x, y, *upstream, sums, out, n, dim, count, width,
         FIRST=first == 0, LAST=first + count == vocabulary,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, GROUP=_GROUP,
+        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, TMA=tma, GROUP=_GROUP,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 

@@ -114,6 +114,7 @@ def linear_logprob(arch: int) -> Iterator[Variant]:
                 "DEPTH": tiles.depth,
                 "GROUP": kernels._GROUP,
                 "EVEN": size == "usual",
+                "TMA": False,
                 "FAULT": 6,
                 "FIRST": False,
                 "LAST": False,
@@ -128,8 +129,19 @@ def linear_logprob(arch: int) -> Iterator[Variant]:
                 (kernels.grad_hidden_kernel, {"LAST": True}, tiles.warps, tiles.stages),
             ):
                 arguments = {n: {**known, **own}[n] for n in kernel.arg_names}
+                if "TMA" in arguments and arch == 90 and bytes_each == 2 and size == "usual":
+                    arguments |= descriptors(arguments, dtype, tiles)
                 last = ", last" if own.get("LAST") else ""
                 yield Variant(f"{kernel.__name__}, {dtype}, {size}{last}", kernel, arguments, warps, stages)
+
+
+def descriptors(arguments: dict[str, Any], dtype: str, tiles: Any) -> dict[str, Any]:
+    """The operands of a product as TMA takes them."""
+    rows, columns, depth = tiles[:3]
+    blocks = {"hidden": (rows, depth), "weight": (columns, depth)}
+    if "hidden" not in arguments:
+        blocks = {"grad": (rows, depth), "weight": (depth, columns)}
+    return {"TMA": True, **{n: f"tensordesc<{dtype}[{a}, {b}]>" for n, (a, b) in blocks.items()}}
 
 
 OPS = {"linear_logprob": linear_logprob}

@@ -201,6 +201,22 @@ def test_blocks_of_rows_change_no_bits_of_a_row_and_little_of_the_sums(dtype, de
         assert_as_good_as(result, peers, exact, tiny=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "dim", "vocabulary"), [(1, 8, 1), (37, 24, 131), (100, 40, 64), (65, 72, 203)])
+def test_tma_changes_no_bits(rows, dim, vocabulary, device, kernels, monkeypatch):
+    """Operands by descriptors, and by pointers as where D or an address does not suit TMA, or the GPU has none."""
+    *given, targets = inputs(device, rows, dim, vocabulary, torch.float16)
+    slabs(kernels, monkeypatch, torch.float16)
+    taken, results = [], []
+    operands = kernels._operands
+    monkeypatch.setattr(kernels, "_operands", lambda *a: taken.append(operands(*a)) or taken[-1])
+    for tma in (True, False):
+        monkeypatch.setattr(kernels, "_large", lambda t, tma=tma: tma)
+        results.append(with_grads(linear_logprob, given, targets, temperature=0.9))
+        assert {x[0] for x in taken} == {tma}
+        taken.clear()
+    assert all(map(same_bits, *results))
+
+
 def test_same_bits_on_repeat(dtype, device, kernels):
     *given, targets = inputs(device, 70, 24, 131, dtype)
     runs = [with_grads(linear_logprob, given, targets) for _ in range(1000 if GPU else 3)]
