@@ -27,6 +27,7 @@ CASES = {"GPT-2's head": (1024, 768, 50_257), "a small model's head": (64, 256, 
 if ON_GPU:
     CASES = {"Llama 3's head": (8192, 4096, 128_256), "GPT-2's head": (8192, 768, 50_257)}
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
+ROUNDS, BUDGET = (10, 6.0) if ON_GPU else (30, 25.0)
 PLAIN, WIDENED = "torch, all logits", "torch, all logits, made float32"
 Outputs = tuple[Tensor, Tensor]
 
@@ -138,8 +139,8 @@ def both_directions(case: str, dtype: torch.dtype) -> None:
         candidates,
         ours="pyrlhf",
         aims={WIDENED: 1.1, "times_less_held": 10.0, "share_of_gemm": 0.8} if ON_GPU and dim >= 4096 else None,
-        rounds=30,
-        budget=25.0,
+        rounds=ROUNDS,
+        budget=BUDGET,
     )
 
 
@@ -156,8 +157,8 @@ def forward_alone(case: str, dtype: torch.dtype) -> None:
         {**candidates, GEMM: best_gemm(dtype)},
         ours="pyrlhf",
         aims={WIDENED: 1.4, "gflop_s": 600_000.0} if dim >= 4096 else None,
-        rounds=30,
-        budget=25.0,
+        rounds=ROUNDS,
+        budget=BUDGET,
     )
 
 

@@ -1,7 +1,7 @@
 """Log-prob of the targets and entropy of softmax((hidden @ weight.T + bias) / temperature), and the gradients, without the logits.
 
 Forward: the vocabulary is cut into splits. A program takes a block of rows through one split, a tile of logits at a time, and
-keeps four numbers a row: the maximum, the sum of powers, the weighted sum, the target's logit. A second kernel joins the
+keeps four numbers a row: the maximum, the sum of exponentials, the weighted sum, the target's logit. A second kernel joins the
 splits (online softmax, arXiv:1805.02867).
 
 Backward, a slab of the vocabulary by a block of rows at a time: the logits are made again, by the same sums in the same order
@@ -15,7 +15,9 @@ Invariants:
 - Beside outputs and gradients (hidden's in float32): _SLAB_BYTES for a slab, as much again for the weight's float32 sums where
   there are more rows than a slab has, and 2 KiB a row in the forward.
 - A target outside 0..V-1 is equal to no column, so nothing is read or written for it: its log-prob is NaN, a fault is raised.
-- Blocks of rows without upstream gradient cost no products with weight; rows without have a gradient of exactly 0.
+- Rows without upstream gradient have a gradient of exactly 0, and blocks of nothing else cost no products with weight. They
+  are zeros in the product with hidden, so a NaN in such a row of hidden still spoils the weight's gradient.
+- Operands come by TMA or by pointers, with the same bits.
 """
 
 from __future__ import annotations
@@ -361,18 +363,8 @@ def backward(
                 at = slice(start, min(start + height, n))
                 upstream = grad_logprob[at], grad_entropy[at]
                 _grad_logits(
-                    grad,
-                    hidden[at],
-                    weight,
-                    bias,
-                    targets[at],
-                    lse[at],
-                    entropy[at],
-                    upstream,
-                    first,
-                    temperature,
-                    tiles,
-                )
+                    grad, hidden[at], weight, bias, targets[at], lse[at], entropy[at], upstream, first, temperature, tiles
+                )  # fmt: skip
                 if wanted[0]:
                     _grad_hidden(grad, weight[part], upstream, sums[at], by_hidden[at], first, vocabulary, tiles)
                 used = grad[: at.stop - start, : part.stop - first]
