@@ -157,6 +157,11 @@ def carried(value: Tensor, carrier: Tensor) -> Tensor:
     return result
 
 
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The ``rows`` int64 [N] of x [T, D], or all of it."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm; with ``residual`` also the sum x + residual that it normalised."""
 
@@ -289,18 +294,19 @@ class Attention(nn.Module):
         self.rotary = Rotary(config) if config.positions == "rotary" else None
         self.output = Linear(width, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size], or [N, hidden_size] for ``rows`` [N] only."""
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         turned = getattr(attend, "turned", None)
         if self.rotary is not None and turned is not None:
             out = turned(self.layer, q, k, v, self.rotary.inv_freq, window=self.window, scale=self.scale)
-            return self.output(out.reshape(x.shape[0], -1))
-        if self.rotary is not None:
-            q, k = self.rotary(q, k, positions)
-        out = attend(self.layer, q, k, v, causal=self.causal, window=self.window, scale=self.scale)
-        return self.output(out.reshape(x.shape[0], -1))
+        else:
+            if self.rotary is not None:
+                q, k = self.rotary(q, k, positions)
+            out = attend(self.layer, q, k, v, causal=self.causal, window=self.window, scale=self.scale)
+        return self.output(take(out.reshape(x.shape[0], -1), rows))
 
 
 class MLP(nn.Module):
@@ -329,13 +335,19 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, branch: Tensor, residual: Tensor | None, positions: Tensor, attend: Attend
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        attend: Attend,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """With ``rows`` [N] every token is attended to, but what follows is computed and returned for these only."""
         if self.pre:
             x, residual = self.attention_norm(branch, residual)
-            x, residual = self.mlp_norm(self.attention(x, positions, attend), residual)
+            x, residual = self.mlp_norm(self.attention(x, positions, attend, rows), take(residual, rows))
             return self.mlp(x), residual
-        x, _ = self.attention_norm(self.attention(branch, positions, attend), branch)
+        x, _ = self.attention_norm(self.attention(branch, positions, attend, rows), take(branch, rows))
         x, _ = self.mlp_norm(self.mlp(x), x)
         return x, None
 
@@ -359,15 +371,152 @@ class Transformer(nn.Module):
         self.norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps) if pre else None
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, *, token_types: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        rows: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, hidden_size] of tokens [T] int64 at positions [T] int64 within their sequences.
 
-        ``token_types`` int64 [T] for models that have them (zeros by default). Raises ValueError for ids or learned
-        positions out of range (CPU; on CUDA the embedding kernel asserts).
+        ``rows`` int64 [N]: the tokens whose states are wanted; the last layer computes no others, and [N, hidden_size]
+        comes back. ``token_types`` int64 [T] for models that have them (zeros by default). Raises ValueError for ids or
+        learned positions out of range (CPU; on CUDA the embedding kernel asserts).
         """
         x, residual = self.embed(tokens, positions, token_types), None
         for layer in self.layers:
+            inputs = x, residual, positions, attend, rows if layer is self.layers[-1] else None
+            if self.checkpointing and torch.is_grad_enabled():
+                # Under ZeRO 3 a weight is empty when it is saved and whole when it is used: no check of what was saved.
+                x, residual = checkpoint(
+                    layer, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+                )
+            else:
+                x, residual = layer(*inputs)
+        return x if self.norm is None else self.norm(x)
+
+    def _out_of_range(self, tokens: Tensor, positions: Tensor) -> ValueError:
+        vocab = self.tokens.num_embeddings
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab:
+            return ValueError(f"tokens: expected ids in [0, {vocab}); found {low if low < 0 else high}")
+        rows = self.positions.num_embeddings if self.positions is not None else 0
+        found = f"found [{int(positions.min())}, {int(positions.max())}]"
+        return ValueError(f"positions: expected 0 .. max_positions - 1 = {rows - 1}; {found}; shorten the sequences")
+
+
+class Attention(nn.Module):
+    """Queries, keys and values from one matrix, per-head norms and rotary, the attention itself, the output matrix."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.causal = layer, config.causal
+        self.window, self.scale = config.window(layer), config.attention_scale
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.head_dim = config.head_dim
+        width = config.num_heads * config.head_dim
+        self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.attention_bias)
+        self.q_norm = Norm(config.head_dim, "rms", config.norm_eps) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, "rms", config.norm_eps) if config.qk_norm else None
+        self.rotary = Rotary(config) if config.positions == "rotary" else None
+        self.output = Linear(width, config.hidden_size, bias=config.output_bias)
+
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size], or [N, hidden_size] for ``rows`` [N] only."""
+        q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        turned = getattr(attend, "turned", None)
+        if self.rotary is not None and turned is not None:
+            out = turned(self.layer, q, k, v, self.rotary.inv_freq, window=self.window, scale=self.scale)
+        else:
+            if self.rotary is not None:
+                q, k = self.rotary(q, k, positions)
+            out = attend(self.layer, q, k, v, causal=self.causal, window=self.window, scale=self.scale)
+        return self.output(take(out.reshape(x.shape[0], -1), rows))
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), or down(activation(gate) * up) with gate and up as the halves of one matrix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated, self.activation = config.gated, config.activation
+        inner = config.intermediate_size
+        self.up = Linear(config.hidden_size, 2 * inner if config.gated else inner, bias=config.mlp_bias)
+        self.down = Linear(inner, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(ops.activation(self.up(x), self.activation, gated=self.gated))
+
+
+class Layer(nn.Module):
+    """One block. The residual stream travels as (branch, residual), so that each norm also does the addition."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.pre = config.norm_position == "pre"
+        self.attention_norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        attend: Attend,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """With ``rows`` [N] every token is attended to, but what follows is computed and returned for these only."""
+        if self.pre:
+            x, residual = self.attention_norm(branch, residual)
+            x, residual = self.mlp_norm(self.attention(x, positions, attend, rows), take(residual, rows))
+            return self.mlp(x), residual
+        x, _ = self.attention_norm(self.attention(branch, positions, attend, rows), take(branch, rows))
+        x, _ = self.mlp_norm(self.mlp(x), x)
+        return x, None
+
+
+class Transformer(nn.Module):
+    """The trunk that every head shares: packed tokens in, hidden states after the last norm out.
+
+    Attributes:
+        checkpointing: keep only what goes into a layer for the backward, which computes the layer again (torch.utils.checkpoint). There
+            is no randomness in a forward, so the gradients are the same bits.
+    """
+
+    checkpointing = False
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        pre = config.norm_position == "pre"
+        self.norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps) if pre else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        rows: Tensor | None = None,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [T, hidden_size] of tokens [T] int64 at positions [T] int64 within their sequences.
+
+        ``rows`` int64 [N]: the tokens whose states are wanted; the last layer computes no others, and [N, hidden_size]
+        comes back. ``token_types`` int64 [T] for models that have them (zeros by default). Raises ValueError for ids or
+        learned positions out of range (CPU; on CUDA the embedding kernel asserts).
+        """
+        x, residual = self.embed(tokens, positions, token_types), None
+        for layer in self.layers:
+<<<<<<< HEAD
             if self.checkpointing and torch.is_grad_enabled():
                 # Under ZeRO 3 a weight is empty when it is saved and whole when it is used: no check of what was saved.
                 x, residual = checkpoint(
@@ -376,4 +525,7 @@ class Transformer(nn.Module):
                 )  # fmt: skip
             else:
                 x, residual = layer(x, residual, positions, attend)
+=======
+            x, residual = layer(x, residual, positions, attend, rows if layer is self.layers[-1] else None)
+>>>>>>> 0dd030e (Where only some tokens are scored, the last layer computes only theirs after its attention)
         return x if self.norm is None else self.norm(x, residual)[0]
