@@ -13,10 +13,11 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t block_rows = 64;                 // of x, whose sums lie in the first-level cache
-constexpr int64_t block_units = 32;                // of k: 8 KB of a panel
-constexpr int64_t group_bytes = 1 << 19;           // of x
-constexpr int64_t line = 64;                       // bytes
+constexpr int64_t block_rows = 64;        // of x, whose sums lie in the first-level cache
+constexpr int64_t block_units = 32;       // of k: 8 KB of a panel
+constexpr int64_t group_bytes = 1 << 19;  // of x
+constexpr int64_t line = 64;              // bytes
+constexpr int64_t worth_a_fork = 2048;    // units of a panel, times rows, a thread; below, meeting takes longer
 constexpr int64_t unit_bytes = 4 * panel_columns;  // of a panel, one unit of k
 
 // --- Units of a row: from either dtype to either dtype ---
@@ -215,7 +216,9 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
     // Rows that pass over all panels before the next ones do: few enough for the second-level cache to hold them.
     const int64_t group = most(1, group_bytes / (4 * block_rows * most(depth, 1))) * block_rows;
     const Unit* const x = static_cast<const Unit*>(in.units ? in.units : in.x);
-    const bool alone = panels * depth * (shape.rows + 8) < 65536;  // less work than waking the other threads
+    // Where there are fewer panels than threads, each thread takes fewer rows of one: no bit depends on that.
+    const int64_t item_rows = least(block_rows, round_up(most(1, divide_up(shape.rows * panels, threads)), tile_rows));
+    const bool alone = panels * depth * (shape.rows + 8) < worth_a_fork * threads;
 #pragma omp parallel num_threads(alone ? 1 : threads)
     {
         if (in.units) {
@@ -229,12 +232,12 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
         }
         float sums[block_rows * panel_columns], bias[panel_columns];
         for (int64_t from = 0; from < shape.rows; from += group) {
-            const int64_t blocks = divide_up(least(shape.rows - from, group), block_rows);
+            const int64_t blocks = divide_up(least(shape.rows - from, group), item_rows);
 #pragma omp for schedule(static) nowait
             for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
-                const int64_t first = item / blocks * panel_columns, m = from + item % blocks * block_rows;
+                const int64_t first = item / blocks * panel_columns, m = from + item % blocks * item_rows;
                 const int64_t columns = least(shape.out_features - first, panel_columns);
-                const int64_t rows = least(shape.rows - m, block_rows);
+                const int64_t rows = least(least(shape.rows, from + group) - m, item_rows);
                 memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
                 multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
                                depth);
