@@ -3,8 +3,9 @@
 // An item is one row, one chunk of `key_chunk` tokens and a range of key heads. Block by block it takes the heads in
 // turn, once for all query heads that share a key head; meanwhile the next block, of this item or the thread's next
 // one, is fetched line by line in the order in which it lies. The softmax is online; the chunks of a row are joined in
-// order. Chunks and blocks are counted from the start of the row's sequence, so a row's bits depend on its own length
-// and tokens only. Scores, probabilities and sums are float32; places past a row's end are never read.
+// order. Where several heads fit in a vector they lie in it side by side, as in the cache, and a chunk is one block.
+// Chunks and blocks are counted from the start of the row's sequence, so a row's bits depend on its own length and
+// tokens only. Scores, probabilities and sums are float32; places past a row's end are never read.
 #include <cstdlib>
 
 #if defined(_OPENMP)
@@ -60,14 +61,6 @@ PYRLHF_INLINE vi load_bytes(const char* p, int64_t left) {
 }
 PYRLHF_INLINE vf multiply_units(vi a, vi b, vf c, const float*) { return multiply_add((vf)a, (vf)b, c); }
 PYRLHF_INLINE vf multiply_units(vi a, vi b, vf c, const bf16*) { return multiply_add(a, b, c); }
-
-// Lane j of the result is the sum of the lanes of rows[j].
-PYRLHF_INLINE vf sum_rows(vf (&rows)[W]) {
-    for (int n = W; n > 1; n /= 2)
-        for (int i = 0; i < n / 2; ++i)
-            rows[i] = (vf)zip_low((vi)rows[i], (vi)rows[i + n / 2]) + (vf)zip_high((vi)rows[i], (vi)rows[i + n / 2]);
-    return rows[0];
-}
 
 template <typename T>
 PYRLHF_INLINE vf load_channels(const T* row, int64_t left) {
@@ -125,7 +118,10 @@ PYRLHF_INLINE void score(const Cache<T>& cache, const Block& block, int64_t dim,
             }
             for (int h = 0; h < H; ++h) sums[h][i] = sum[h];
         }
-        for (int h = 0; h < H; ++h) store(scores + h * key_block + j, sum_rows(sums[h]) * factor);
+        for (int h = 0; h < H; ++h) {
+            const vf dots = sum_segments<W>([&](int i) PYRLHF_LAMBDA { return sums[h][i]; });
+            store(scores + h * key_block + j, dots * factor);
+        }
     }
 }
 
@@ -145,7 +141,7 @@ PYRLHF_INLINE float soften(float* scores, int64_t count, float& highest, float& 
         store(scores + j, p);
         if (j + W <= count) sums += p;
     }
-    float sum_of_all = static_cast<float>(sum(sums));
+    float sum_of_all = sum_lanes(sums);
     for (int64_t j = count / W * W; j < count; ++j) sum_of_all += scores[j];
     const float shrink = exp2_small(broadcast(highest - top))[0];
     total = total * shrink + sum_of_all;
@@ -275,8 +271,100 @@ PYRLHF_INLINE void attend_tokens(const Item<T>& item, const Item<T>& next, int64
 }
 
 template <typename T>
+PYRLHF_INLINE void begin_work(const T* q, int64_t q_head, int64_t heads, int64_t dim, const Work& work) {
+    const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
+    for (int64_t h = 0; h < heads; ++h) {
+        for (int64_t u = 0; u < work.q_row; ++u) {
+            const int64_t done = u * static_cast<int64_t>(sizeof(vi));
+            work.q[h * work.q_row + u] = load_bytes(reinterpret_cast<const char*>(q + h * q_head) + done, bytes - done);
+        }
+        work.highest[h] = lowest;
+        work.total[h] = 0.0f;
+    }
+    memset(work.sums, 0, static_cast<size_t>(heads * work.sums_row) * sizeof(float));
+}
+
+// --- Heads of D channels, W / D of them in a vector ---
+
+// Against one vector of key heads from item.cache on, the query heads that are the `member`-th of their key head. The
+// item's tokens are one block; `offsets` tells where they lie, padded with the last one's to a multiple of D.
+template <int D, typename T>
+PYRLHF_INLINE void attend_side_by_side(const Cache<T>& cache, const int64_t* offsets, int64_t count, vf q,
+                                       float* highest, float* total, float* sums) {
+    vf scores[key_chunk / D], top = broadcast(lowest), sum = {}, channels[2] = {};
+    const int64_t vectors = divide_up(count, D);
+    for (int64_t n = 0; n < vectors; ++n) {
+        const auto products = [&](int i) PYRLHF_LAMBDA { return load(cache.k + offsets[n * D + i]) * q; };
+        const vf dots = sum_segments<D>(products);
+        scores[n] = (lane_numbers() & (D - 1)) < static_cast<int32_t>(count - n * D) ? dots : broadcast(lowest);
+        top = scores[n] > top ? scores[n] : top;
+    }
+    top = largest_of_segment<D>(top);
+    for (int64_t n = 0; n < vectors; ++n) {
+        const vf p = exp2_small(scores[n] - top);
+        sum += p;
+        for (int i = 0; i < D; ++i) channels[i % 2] += load(cache.v + offsets[n * D + i]) * spread<D>(p, i);
+    }
+    store(highest, top);
+    store(total, sum_of_segment<D>(sum));
+    store(sums, channels[0] + channels[1]);
+}
+
+template <int D, typename T>
+PYRLHF_INLINE void attend_vectors(const Item<T>& item, const T* q, int64_t q_head, int64_t kv_heads, int64_t group,
+                                  float factor, const Work& work) {
+    const int64_t count = item.end - item.first;
+    int64_t offsets[key_chunk + D];
+    for (int64_t j = 0; j < count; j += key_block)
+        find_tokens(item.cache, item.first + j, least(key_block, count - j), offsets + j);
+    for (int i = 0; i < D; ++i) offsets[count + i] = offsets[count - 1];
+    for (int64_t first = 0; first < kv_heads; first += W / D)
+        for (int64_t member = 0; member < group; ++member) {
+            float queries[W], highest[W], total[W], sums[W];
+            for (int64_t lane = 0; lane < W; lane += D) {
+                const T* const from = q + ((first + lane / D) * group + member) * q_head;
+                store(queries + lane, load(from, Part{D}) * factor, Part{D});
+            }
+            attend_side_by_side<D>(item.cache.at_head(first * D), offsets, count, load(queries), highest, total, sums);
+            for (int64_t lane = 0; lane < W; lane += D) {
+                const int64_t head = (first + lane / D) * group + member;
+                work.highest[head] = highest[lane];
+                work.total[head] = total[lane];
+                store(work.sums + head * work.sums_row, load(sums + lane, Part{D}));
+            }
+        }
+}
+
+template <typename T>
 PYRLHF_INLINE void write_result(const float* sums, float factor, int64_t dim, T* out) {
     for_vectors(dim, [&](int64_t d, auto used) PYRLHF_LAMBDA { store(out + d, load(sums + d) * factor, used); });
+}
+
+// The results of a row's heads from the partial results of its chunks, in order: `partials` is [chunks][heads][2 +
+// sums_row].
+template <typename T>
+PYRLHF_INLINE void join_chunks(const float* partials, int64_t chunks, int64_t heads, int64_t dim, int64_t sums_row,
+                               T* out) {
+    for (int64_t head = 0; head < heads; ++head) {
+        float sums[most_dim + tile_vectors * W] = {}, highest = lowest, total = 0.0f;
+        for (int64_t c = 0; c < chunks; ++c) {
+            const float* const from = partials + (c * heads + head) * (2 + sums_row);
+            const float top = from[0] > highest ? from[0] : highest;
+            const float before = exp2_small(broadcast(highest - top))[0];
+            const float now = exp2_small(broadcast(from[0] - top))[0];
+            for (int64_t d = 0; d < sums_row; d += W)
+                store(sums + d, load(sums + d) * before + load(from + 2 + d) * now);
+            total = total * before + from[1] * now;
+            highest = top;
+        }
+        write_result(sums, chunks == 0 ? 0.0f : 1.0f / total, dim, out + head * dim);
+    }
+}
+
+// Key heads that share a vector in attend_vectors; 0 where it is not for these.
+PYRLHF_INLINE int64_t heads_side_by_side(const DecodeShape& shape) {
+    const bool fits = shape.dim >= 4 && shape.dim <= W && W % shape.dim == 0;
+    return fits && shape.kv_heads % (W / shape.dim) == 0 ? W / shape.dim : 0;
 }
 
 // The first and the last chunk of a row that sees `window` of `length` tokens.
@@ -296,9 +384,11 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
     const int64_t q_row = divide_up(bytes, static_cast<int64_t>(sizeof(vi)));
     int64_t items = 0, tokens = 0;
+    bool joined = false;  // some row is not one chunk
     for (int64_t b = 0; b < shape.rows; ++b) {
         const Chunks chunks(seq_lens[b], shape.window);
         items += chunks.end - chunks.begin;
+        joined |= chunks.end - chunks.begin != 1;
         tokens += seq_lens[b] - chunks.first_token;
     }
     // A partial result, [heads][2 + sums_row] floats, a chunk of a row: its highest score, its total, its sums.
@@ -308,7 +398,8 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
     float* const partials =
         static_cast<float*>(malloc(static_cast<size_t>(items * shape.heads * partial + 1) * sizeof(float)));
     // Where there are few chunks, their key heads are shared out too: no bit depends on that.
-    const int64_t parts = items < 4 * threads ? shape.kv_heads : 1, part = shape.kv_heads / parts;
+    const int64_t beside = heads_side_by_side(shape);
+    const int64_t parts = items < 4 * threads ? shape.kv_heads / most(1, beside) : 1, part = shape.kv_heads / parts;
     const int64_t heads = part * group;  // query heads of an item
     const int64_t region = (heads * (q_row * static_cast<int64_t>(sizeof(vi)) + (sums_row + 2) * 4) + 127) / 64 * 64;
     char* const memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(region * threads)));
@@ -357,45 +448,42 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
             work.highest = work.sums + heads * sums_row;
             work.total = work.highest + heads;
             Item<T> next = take_item();
-            fetch_first(next, part * dim);
+            if (!beside) fetch_first(next, part * dim);
             while (next.row < shape.rows) {
                 const Item<T> item = next;
                 next = take_item();
-                for (int64_t h = 0; h < heads; ++h) {
-                    const T* from = q + item.row * shape.q_row + (item.head + h) * shape.q_head;
-                    for (int64_t u = 0; u < q_row; ++u) {
-                        const int64_t done = u * static_cast<int64_t>(sizeof(vi));
-                        work.q[h * q_row + u] = load_bytes(reinterpret_cast<const char*>(from) + done, bytes - done);
-                    }
-                    work.highest[h] = lowest;
-                    work.total[h] = 0.0f;
+                const T* const from = q + item.row * shape.q_row + item.head * shape.q_head;
+                if (beside) {
+                    if constexpr (W >= 16)
+                        if (dim == 16) attend_vectors<16>(item, from, shape.q_head, part, group, factor, work);
+                    if constexpr (W >= 8)
+                        if (dim == 8) attend_vectors<8>(item, from, shape.q_head, part, group, factor, work);
+                    if (dim == 4) attend_vectors<4>(item, from, shape.q_head, part, group, factor, work);
+                } else {
+                    begin_work(from, shape.q_head, heads, dim, work);
+                    attend_tokens(item, next, part, group, dim, factor, work);
                 }
-                memset(work.sums, 0, static_cast<size_t>(heads * sums_row) * sizeof(float));
-                attend_tokens(item, next, part, group, dim, factor, work);
+                const bool whole = starts[item.row + 1] - starts[item.row] == 1;
                 for (int64_t h = 0; h < heads; ++h) {
-                    float* to = partials + (item.partial + h) * partial;
-                    to[0] = work.highest[h];
-                    to[1] = work.total[h];
-                    memcpy(to + 2, work.sums + h * sums_row, static_cast<size_t>(sums_row) * sizeof(float));
+                    const float* const sums = work.sums + h * sums_row;
+                    float* const to = partials + (item.partial + h) * partial;
+                    if (whole) {
+                        write_result(sums, 1.0f / work.total[h], dim,
+                                     out + (item.row * shape.heads + item.head + h) * dim);
+                    } else {
+                        to[0] = work.highest[h];
+                        to[1] = work.total[h];
+                        memcpy(to + 2, sums, static_cast<size_t>(sums_row) * sizeof(float));
+                    }
                 }
             }
-            // Joins the chunks of each row and head, in order.
+            if (joined) {
 #pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < shape.rows * shape.heads; ++row) {
-                const int64_t b = row / shape.heads, head = row % shape.heads;
-                float sums[most_dim + tile_vectors * W] = {}, highest = lowest, total = 0.0f;
-                for (int64_t at = starts[b]; at < starts[b + 1]; ++at) {
-                    const float* from = partials + (at * shape.heads + head) * partial;
-                    const float top = from[0] > highest ? from[0] : highest;
-                    const float before = exp2_small(broadcast(highest - top))[0];
-                    const float now = exp2_small(broadcast(from[0] - top))[0];
-                    for (int64_t d = 0; d < sums_row; d += W)
-                        store(sums + d, load(sums + d) * before + load(from + 2 + d) * now);
-                    total = total * before + from[1] * now;
-                    highest = top;
-                }
-                write_result(sums, starts[b] == starts[b + 1] ? 0.0f : 1.0f / total, dim, out + row * dim);
+#pragma omp for schedule(static) nowait
+                for (int64_t b = 0; b < shape.rows; ++b)
+                    if (starts[b + 1] - starts[b] != 1)
+                        join_chunks(partials + starts[b] * shape.heads * partial, starts[b + 1] - starts[b],
+                                    shape.heads, dim, sums_row, out + b * shape.heads * dim);
             }
         }
     }

@@ -101,12 +101,6 @@ PYRLHF_INLINE int64_t sum(vi x) {
     for (int j = 0; j < W; ++j) out += x[j];
     return out;
 }
-PYRLHF_INLINE float largest(vf x) {
-    float out = x[0];
-    for (int j = 1; j < W; ++j) out = x[j] > out ? x[j] : out;
-    return out;
-}
-
 // {x[K], x[K+1], ..., fill...}: the elements move K places towards 0.
 template <int K, int... J>
 PYRLHF_INLINE vf shift_down_by(vf x, vf fill, std::integer_sequence<int, J...>) {
@@ -120,6 +114,46 @@ template <int K>
 PYRLHF_INLINE vf shift_down(vf x, vf fill) {
     return shift_down_by<K>(x, fill, std::make_integer_sequence<int, W>{});
 }
+
+PYRLHF_INLINE vi lane_numbers() {
+    vi out = {};
+    for (int j = 0; j < W; ++j) out[j] = j;
+    return out;
+}
+
+// Lane l becomes x[l ^ S].
+template <int S, int... J>
+PYRLHF_INLINE vf swap_lanes_by(vf x, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(x, x, (J ^ S)...);
+#else
+    return __builtin_shuffle(x, vi{(J ^ S)...});
+#endif
+}
+template <int S>
+PYRLHF_INLINE vf swap_lanes(vf x) {
+    return swap_lanes_by<S>(x, std::make_integer_sequence<int, W>{});
+}
+
+// In every lane, the largest and the sum of the lanes of its segment of D.
+template <int D>
+PYRLHF_INLINE vf largest_of_segment(vf x) {
+    if constexpr (D > 1) {
+        x = largest_of_segment<D / 2>(x);
+        const vf other = swap_lanes<D / 2>(x);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+template <int D>
+PYRLHF_INLINE vf sum_of_segment(vf x) {
+    if constexpr (D > 1) {
+        x = sum_of_segment<D / 2>(x);
+        x += swap_lanes<D / 2>(x);
+    }
+    return x;
+}
+PYRLHF_INLINE float largest(vf x) { return largest_of_segment<W>(x)[0]; }
 
 // Nearest integer, for |x| < 2^22: adding 1.5 * 2^23 leaves no bits for a fraction.
 PYRLHF_INLINE vf round_small(vf x) { return (x + 12582912.0f) - 12582912.0f; }
@@ -226,6 +260,42 @@ PYRLHF_INLINE void transpose(const Unit* from, int64_t from_row, int64_t rows, i
         }
 }
 
+// Lane l of the result is the sum of row l % D over the segment of D lanes in which l lies. row(i) gives the i-th of
+// the D rows. Each round adds neighbours S lanes apart, of one row in the lanes where l & S is 0, of another elsewhere.
+template <int S, int... J>
+PYRLHF_INLINE vf add_neighbours(vf a, vf b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, (J & S ? J + W : J)...) +
+           __builtin_shufflevector(a, b, (J & S ? (J ^ S) + W : J ^ S)...);
+#else
+    return __builtin_shuffle(a, b, vi{(J & S ? J + W : J)...}) +
+           __builtin_shuffle(a, b, vi{(J & S ? (J ^ S) + W : J ^ S)...});
+#endif
+}
+template <int D, typename Row>
+PYRLHF_INLINE vf sum_segments(Row row, int first = 0) {
+    if constexpr (D == 1)
+        return row(first);
+    else
+        return add_neighbours<D / 2>(sum_segments<D / 2>(row, first), sum_segments<D / 2>(row, first + D / 2),
+                                     std::make_integer_sequence<int, W>{});
+}
+
+// In every lane, lane `of` of its segment of D.
+template <int D>
+PYRLHF_INLINE vf spread(vf x, int of) {
+    const vi from = (lane_numbers() & -D) + of;
+#if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
+    return (vf)_mm512_maskz_permutexvar_ps(all_lanes, (__m512i)from, (__m512)x);
+#elif defined(PYRLHF_ISA_avx2)
+    return (vf)_mm256_permutevar8x32_ps((__m256)x, (__m256i)from);
+#else
+    vf out;
+    for (int j = 0; j < W; ++j) out[j] = x[from[j]];
+    return out;
+#endif
+}
+
 // --- For element-wise and row-wise kernels: rows of any length, bf16 out, stores past the caches, functions ---
 
 typedef int64_t vl __attribute__((vector_size(4 * W)));
@@ -244,12 +314,6 @@ PYRLHF_INLINE void for_vectors(int64_t n, F f) {
     int64_t j = 0;
     for (; j + W <= n; j += W) f(j, Whole{});
     if (j < n) f(j, Part{static_cast<int>(n - j)});
-}
-
-PYRLHF_INLINE vi lane_numbers() {
-    vi out = {};
-    for (int j = 0; j < W; ++j) out[j] = j;
-    return out;
 }
 
 // Lanes that are not in use become 0.

@@ -116,9 +116,9 @@ def test_every_instruction_set(isa, poison, heads, kv_heads, dtype, assert_as_go
 
 
 @pytest.mark.parametrize("dtype", CORE_DTYPES)
-@pytest.mark.parametrize("dim", [1, 2, 7, 16, 31, 80, 127, 128, 129, 255, 256])
+@pytest.mark.parametrize("dim", [1, 2, 4, 7, 8, 16, 31, 80, 127, 128, 129, 255, 256])
 def test_every_head_size(isa, poison, dim, dtype, assert_as_good_as):
-    for heads, kv_heads in ((3, 1), (5, 1), (2, 2)):
+    for heads, kv_heads in ((3, 1), (5, 1), (2, 2), (8, 4)):  # four of 4 channels fill a vector
         case = made((16, 0, 1, 83), heads, kv_heads, dim, 16, dtype)
         assert_as_good_as([decode_attention(*case.arguments())], *answers(case))
 
@@ -187,7 +187,7 @@ def test_bits_do_not_depend_on_other_rows_or_on_pages(heads, kv_heads, dim, dtyp
 
 
 @pytest.mark.parametrize("dtype", CORE_DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (7, 1, 33), (3, 3, 5)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 64), (7, 1, 33), (3, 3, 5), (8, 4, 8)])
 def test_a_rows_bits_are_its_own(isa, heads, kv_heads, dim, dtype):
     """Alone, among others, in another order, and wherever its pages lie: few rows share out their heads, many do not."""
     case = made(EDGES, heads, kv_heads, dim, 16, dtype)
@@ -222,9 +222,10 @@ def test_sequences_may_share_pages(isa, dtype):
 
 @pytest.mark.parametrize("dtype", CORE_DTYPES)
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["q", "k", "v"])
-def test_a_nan_stays_in_its_row_and_its_heads(isa, which, dtype):
+@pytest.mark.parametrize("dim", [8, 64])  # key heads side by side in a vector, and each in its own
+def test_a_nan_stays_in_its_row_and_its_heads(isa, dim, which, dtype):
     lengths = [600, 70, 0, 129]
-    case = Case(lengths, 8, 2, 16, dtype=dtype)
+    case = Case(lengths, 8, 2, dim, dtype=dtype)
     given_arguments = list(case.arguments())
     clean = [decode_attention(*given_arguments, window=window) for window in (None, 40)]
     if which == 0:
@@ -246,10 +247,11 @@ def test_a_nan_stays_in_its_row_and_its_heads(isa, which, dtype):
 @pytest.mark.parametrize("dtype", CORE_DTYPES)
 @pytest.mark.parametrize("lengths", [[1540], [700, 0, 1025], EDGES], ids=["one row", "few rows", "many rows"])
 def test_bits_do_not_depend_on_threads(isa, lengths, dtype, same_bits_for_any_threads):
-    case = made(tuple(lengths), 8, 2, 64, 16, dtype)
-    assert sum(lengths) * 8 * 64 >= 65536, "below, one thread does it all"
-    for window in (None, 600):
-        same_bits_for_any_threads(lambda: [decode_attention(*case.arguments(), window=window)], repeats=3)  # noqa: B023
+    for dim in (8, 64):
+        case = made(tuple(lengths), 8, 2, dim, 16, dtype)
+        assert sum(lengths) * 8 * dim >= 65536, "below, one thread does it all"
+        for window in (None, 600):
+            same_bits_for_any_threads(lambda: [decode_attention(*case.arguments(), window=window)], repeats=3)  # noqa: B023
 
 
 def test_same_bits_on_repeat():
