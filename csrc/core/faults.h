@@ -13,6 +13,7 @@ enum class Fault : int {
     decode_attention_page_table,
     sample_logits,
     linear_logprob_targets,
+    sampled_logprob_tokens,
 };
 
 }  // namespace pyrlhf

@@ -3,16 +3,16 @@
 //
 // The draw is exact integer arithmetic, so every instruction set, thread count and the plain-PyTorch reference pick the
 // same token. With z = (logit - max) / temperature, a token weighs w = floor(e^z 2^40); e^z is a fixed sequence of
-// float32 operations (this file is compiled without fused multiply-add; pyrlhf/ops/sample.py mirrors `weigh`). Weights
+// float32 operations (core/sample.h; this file is compiled without fused multiply-add). Weights
 // sum exactly in 64 bits, the Philox draw u of (seed, id, position) points at floor(u * sum), and the first token whose
 // running sum passes that point is the sample.
 //
 // Order the tokens by logit, equal ones by id. Each filter keeps a prefix of that order, so all filters together are
 // one cut: the last kept (logit, id). A histogram of z finds the bin in which the cut lies; only that bin is sorted.
-#include <cmath>
+#include "core/sample.h"
+
 #include <cstdlib>
 
-#include "core/philox.h"
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -65,18 +65,20 @@ struct Weights {
     vi high, low;
 };
 
+struct Lanes {
+    using Real = vf;
+    using Integer = vi;
+    PYRLHF_INLINE vf all(float x) { return broadcast(x); }
+    PYRLHF_INLINE vf at_least(vf x, float low) { return x < low ? broadcast(low) : x; }
+    PYRLHF_INLINE void round(vf x, vf& n, vi& i) {
+        n = round_small(x);
+        i = __builtin_convertvector(n, vi);
+    }
+    PYRLHF_INLINE vf power(vi i) { return (vf)((i + 127) << 23); }
+};
+
 PYRLHF_INLINE Weights weigh(vf z) {
-    z = z < -32.0f ? broadcast(-32.0f) : z;
-    const vf n = round_small(z * 1.44269504088896341f);
-    const vf r = (z - n * 0.693359375f) - n * -2.12194440e-4f;
-    vf p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = ((p * r) * r + r) + 1.0f;
-    const vf scaled = p * (vf)((__builtin_convertvector(n, vi) + (127 + 20)) << 23);
+    const vf scaled = exp_2_20<Lanes>(z);
     const vi high = __builtin_convertvector(scaled, vi);
     const vf rest = (scaled - __builtin_convertvector(high, vf)) * 1048576.0f;
     return {high, __builtin_convertvector(rest, vi)};
@@ -112,13 +114,6 @@ PYRLHF_INLINE int bin_reaching(const Number* totals, int64_t wanted, int64_t& be
     int bin = 0;
     while (bin < bins - 1 && before + static_cast<int64_t>(totals[bin]) < wanted) before += totals[bin++];
     return bin;
-}
-
-PYRLHF_INLINE uint32_t descending_key(float x) {
-    uint32_t bits;
-    x += 0.0f;  // -0 and 0 are equal logits
-    memcpy(&bits, &x, sizeof(bits));
-    return bits >> 31 ? bits : 0x7FFFFFFFu ^ bits;
 }
 
 // Largest logit first, equal logits in the order they came (by id): a radix sort on the logit's bits is stable.
@@ -201,9 +196,9 @@ PYRLHF_INLINE void cut_top_k(const Row<T>& row, int64_t k, Scratch& scratch, Cut
 // Keeps tokens until their running weight first reaches top_p of the mass, that token included. The cut so far holds.
 template <typename T>
 PYRLHF_INLINE void cut_top_p(const Row<T>& row, double top_p, int64_t mass, Scratch& scratch, Cut& cut) {
-    const int64_t wanted = static_cast<int64_t>(std::floor(top_p * static_cast<double>(mass)));
+    const int64_t wanted = top_p_target(top_p, mass);
     int64_t running;
-    const int bin = bin_reaching(scratch.masses, wanted < 1 ? 1 : wanted, running);
+    const int bin = bin_reaching(scratch.masses, wanted, running);
     const int64_t n = sorted_bin(row, bin, scratch.candidates);
     int64_t last = -1;
     do {
@@ -282,11 +277,10 @@ PYRLHF_INLINE int64_t first_top(const Row<T>& row) {
         if (to_float(row.logits[i]) == row.top) return i;
 }
 
-// log(e^z / sum of e^z) as the sampler's exact weights have it.
 template <typename T>
 PYRLHF_INLINE float logprob_of(const Row<T>& row, int64_t token, int64_t mass) {
     const float z = (to_float(row.logits[token]) - row.top) * row.inverse;
-    return static_cast<float>(static_cast<double>(z) - std::log(static_cast<double>(mass) * 0x1p-40));
+    return sampled_logprob_of(z, mass);
 }
 
 template <typename T>
@@ -299,9 +293,7 @@ PYRLHF_INLINE void sample_row(Row<T> row, const SampleOptions& options, uint64_t
     if (greedy) {
         token = first_top(row);
     } else {
-        const unsigned __int128 product =
-            static_cast<unsigned __int128>(keyed_bits62(options.seed, id, position)) * static_cast<uint64_t>(mass);
-        token = token_at(row, cut, scratch.chunks, static_cast<int64_t>(product >> 62));
+        token = token_at(row, cut, scratch.chunks, drawn_point(options.seed, id, position, mass));
     }
     logprob = logprob_of(row, token, mass);
 }

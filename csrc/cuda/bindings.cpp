@@ -112,6 +112,31 @@ void write_kv_at(address k, address v, address k_cache, address v_cache, address
              at<int32_t>(faults), queue(device, stream));
 }
 
+void philox4x32_at(address words, address drawn, int64_t count, int device, address stream) {
+    philox4x32(at<uint32_t>(words), at<uint32_t>(drawn), count, queue(device, stream));
+}
+
+void sample_at(address logits, int dtype, address ids, address positions, int64_t rows, int64_t vocab,
+               int64_t row_stride, uint64_t seed, float inverse_temperature, int64_t top_k, double top_p,
+               float log_min_p, address scratch, address tokens, address logprobs, address faults, int device,
+               address stream) {
+    sample(at<void>(logits), static_cast<DType>(dtype), at<int64_t>(ids), at<int64_t>(positions), rows, vocab,
+           row_stride, seed, inverse_temperature, top_k, top_p, log_min_p, at<void>(scratch), at<int64_t>(tokens),
+           at<float>(logprobs), at<int32_t>(faults), queue(device, stream));
+}
+
+int64_t sample_scratch_at(int64_t rows, int64_t vocab, int64_t top_k, double top_p, int device, address stream) {
+    return sample_scratch(rows, vocab, top_k, top_p, queue(device, stream));
+}
+
+void sampled_logprob_at(address logits, int dtype, address tokens, int64_t rows, int64_t vocab, int64_t row_stride,
+                        float inverse_temperature, address scratch, address logprobs, address faults, int device,
+                        address stream) {
+    sampled_logprob(at<void>(logits), static_cast<DType>(dtype), at<int64_t>(tokens), rows, vocab, row_stride,
+                    inverse_temperature, at<void>(scratch), at<float>(logprobs), at<int32_t>(faults),
+                    queue(device, stream));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -123,10 +148,14 @@ void bind(py::module_& m) {
     m.def("layer_norm", &layer_norm_at, released);
     m.def("layer_norm_backward", &layer_norm_backward_at, released);
     m.def("norm_groups", &norm_groups);
+    m.def("philox4x32", &philox4x32_at, released);
     m.def("rms_norm", &rms_norm_at, released);
     m.def("rms_norm_backward", &rms_norm_backward_at, released);
     m.def("rotary", &rotary_at, released);
     m.def("rotary_write_kv", &rotary_write_kv_at, released);
+    m.def("sample", &sample_at, released);
+    m.def("sample_scratch", &sample_scratch_at);
+    m.def("sampled_logprob", &sampled_logprob_at, released);
     m.def("write_kv", &write_kv_at, released);
 }
 

@@ -115,5 +115,20 @@ struct WriteShape {
 void write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots, const WriteShape& shape,
               int32_t* faults, Queue queue);
 
+// words: count <= 1024 times four of the counter and two of the key; drawn: count times four. For known-answer tests.
+void philox4x32(const uint32_t* words, uint32_t* drawn, int64_t count, Queue queue);
+
+// top_k 0, top_p 1 and log_min_p -infinity filter nothing; inverse_temperature 0 takes the largest logit. scratch:
+// sample_scratch(...) bytes, on 16 bytes. A bad row gets token -1 and log-prob NaN.
+void sample(const void* logits, DType dtype, const int64_t* ids, const int64_t* positions, int64_t rows, int64_t vocab,
+            int64_t row_stride, uint64_t seed, float inverse_temperature, int64_t top_k, double top_p, float log_min_p,
+            void* scratch, int64_t* tokens, float* logprobs, int32_t* faults, Queue queue);
+int64_t sample_scratch(int64_t rows, int64_t vocab, int64_t top_k, double top_p, Queue queue);
+
+// scratch: as of sample without filters.
+void sampled_logprob(const void* logits, DType dtype, const int64_t* tokens, int64_t rows, int64_t vocab,
+                     int64_t row_stride, float inverse_temperature, void* scratch, float* logprobs, int32_t* faults,
+                     Queue queue);
+
 }  // namespace cuda
 }  // namespace pyrlhf

@@ -24,6 +24,7 @@ FAULTS = (
     "decode_attention: page_table must hold pages of the cache wherever seq_lens reaches",
     "sample: logits must be finite or -inf with one finite entry a row",
     "linear_logprob: targets must be token ids in 0..V-1",
+    "sampled_logprob: tokens must be in 0..vocab - 1",
 )
 
 

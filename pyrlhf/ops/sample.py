@@ -1,6 +1,6 @@
 """Sampling tokens, keyed: a draw depends on (seed, id, position) and its own row of logits, and on nothing else.
 
-The definition is exact, so that the C++ core on any instruction set and the reference below pick the same token. With
+The definition is exact, so that the C++ core on any instruction set, the CUDA kernels and the reference below pick the same token. With
 z = (logit - max) / temperature in float32, a token weighs floor(e^z 2^40), e^z by the float32 operations of `_weigh`; weights
 add up exactly in int64; 62 bits u of Philox4x32-10 point at floor(u * sum / 2^62), and the first token (by id) whose running
 sum passes that point is the sample. A token less likely than 2^-40 of the likeliest is never drawn.
@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor, values_readable
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import (
+    CORE_DTYPES,
+    CUDA_DTYPES,
+    address,
+    core,
+    cuda_core,
+    faults,
+    queue,
+    use_core,
+    use_cuda_core,
+)
 from pyrlhf.ops._library import define
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -78,7 +88,8 @@ def sample(
     (0: all); top_p keeps the likeliest tokens until their probability first reaches top_p, that token included; min_p keeps
     tokens at least min_p times as likely as the likeliest. Equal logits: the lower id comes first.
 
-    logits: float32, bfloat16 (other floats are converted) ``[B, V]``; ids, positions: int64 ``[B]``; 0 <= seed < 2**63.
+    logits: float32, bfloat16, on CUDA float16 (other floats are converted) ``[B, V]``; ids, positions: int64 ``[B]``;
+    0 <= seed < 2**63.
     Returns tokens int64 ``[B]`` and logprobs float32 ``[B]``. Raises TypeError or ValueError naming the argument that is wrong, and
     ValueError naming the row whose logits hold NaN, +inf or only -inf (on CUDA only with PYRLHF_CHECK=1; else the token is -1).
     """
@@ -103,8 +114,8 @@ def sampled_logprob_ref(logits: Tensor, tokens: Tensor, *, temperature: float = 
 def sampled_logprob(logits: Tensor, tokens: Tensor, *, temperature: float = 1.0) -> Tensor:
     """The log-prob that `sample` without filters gives ``tokens`` at these logits, the same bits.
 
-    logits: float32, bfloat16 (other floats are converted) ``[B, V]``; tokens: int64 ``[B]`` in 0..V-1. Returns float32 ``[B]``. Not
-    differentiable. Raises as `sample` does.
+    logits: float32, bfloat16, on CUDA float16 (other floats are converted) ``[B, V]``; tokens: int64 ``[B]`` in 0..V-1. Returns
+    float32 ``[B]``. Not differentiable. Raises as `sample` does.
     """
     check_tensor("sampled_logprob", "logits", logits, shape=(None, None), dtype=_FLOATS)
     rows, vocab = logits.shape
@@ -122,9 +133,9 @@ def _sampled_logprob(logits: Tensor, tokens: Tensor, temperature: float) -> Tens
         if low < 0 or high >= logits.shape[1]:
             found = low if low < 0 else high
             raise ValueError(f"sampled_logprob: tokens must be in [0, {logits.shape[1]}), found {found}")
-    if logits.dtype not in CORE_DTYPES:
-        logits = logits.float()
-    if not use_core(logits):
+    logits = _native(logits)
+    cpu = use_core(logits)
+    if not cpu and not use_cuda_core(logits):
         logprobs = sampled_logprob_ref(logits, tokens, temperature=temperature)
         if values_readable(logprobs) and bool(logprobs.isnan().any()):
             raise _bad_row(int(logprobs.isnan().nonzero()[0]), logits)
@@ -132,10 +143,15 @@ def _sampled_logprob(logits: Tensor, tokens: Tensor, temperature: float) -> Tens
     logits = logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
     tokens = tokens.contiguous()
     logprobs = tokens.new_empty(tokens.shape, dtype=torch.float32)
-    bad = core().sampled_logprob(
-        address(logits), CORE_DTYPES.index(logits.dtype), address(tokens), *logits.shape, logits.stride(0),
-        _inverse(temperature), address(logprobs), torch.get_num_threads(),
-    )  # fmt: skip
+    rows = (address(logits), CUDA_DTYPES.index(logits.dtype), address(tokens), *logits.shape, logits.stride(0))
+    if not cpu:
+        _check_rows(logits)
+        scratch = _scratch(logits)
+        cuda_core().sampled_logprob(
+            *rows, _inverse(temperature), address(scratch), address(logprobs), faults(logits), *queue(logits)
+        )
+        return logprobs
+    bad = core().sampled_logprob(*rows, _inverse(temperature), address(logprobs), torch.get_num_threads())
     if bad >= 0:
         raise _bad_row(bad, logits)
     return logprobs
@@ -168,9 +184,9 @@ def _sample(
     top_p: float,
     min_p: float,
 ) -> tuple[Tensor, Tensor]:
-    if logits.dtype not in CORE_DTYPES:
-        logits = logits.float()
-    if not use_core(logits):
+    logits = _native(logits)
+    cpu = use_core(logits)
+    if not cpu and not use_cuda_core(logits):
         tokens, logprobs = sample_ref(
             logits, ids, positions, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
@@ -180,13 +196,39 @@ def _sample(
     logits = logits if logits.stride(1) == 1 and logits.stride(0) >= 0 else logits.contiguous()
     ids, positions = ids.contiguous(), positions.contiguous()
     tokens, logprobs = torch.empty_like(ids), ids.new_empty(ids.shape, dtype=torch.float32)
-    bad = core().sample(
-        address(logits), CORE_DTYPES.index(logits.dtype), address(ids), address(positions), *logits.shape, logits.stride(0), seed,
-        _inverse(temperature), top_k, top_p, _log(min_p), address(tokens), address(logprobs), torch.get_num_threads(),
+    arguments = (
+        address(logits), CUDA_DTYPES.index(logits.dtype), address(ids), address(positions), *logits.shape, logits.stride(0), seed,
+        _inverse(temperature), top_k, top_p, _log(min_p),
     )  # fmt: skip
+    if not cpu:
+        _check_rows(logits)
+        scratch = _scratch(logits, top_k, top_p)
+        cuda_core().sample(
+            *arguments, address(scratch), address(tokens), address(logprobs), faults(logits), *queue(logits)
+        )
+        return tokens, logprobs
+    bad = core().sample(*arguments, address(tokens), address(logprobs), torch.get_num_threads())
     if bad >= 0:
         raise _bad_row(bad, logits)
     return tokens, logprobs
+
+
+def _native(logits: Tensor) -> Tensor:
+    """In a dtype that the kernels where it lives can read."""
+    return logits if logits.dtype in CORE_DTYPES or use_cuda_core(logits) else logits.float()
+
+
+def _scratch(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """What the CUDA kernels of this call write to on their way."""
+    size = cuda_core().sample_scratch(*logits.shape, top_k, top_p, *queue(logits))
+    return torch.empty(size, dtype=torch.uint8, device=logits.device)
+
+
+def _check_rows(logits: Tensor) -> None:
+    if logits.shape[0] and values_readable(logits):
+        _, _, _, bad = _tempered(logits, 1.0)
+        if bool(bad.any()):
+            raise _bad_row(int(bad.nonzero()[0]), logits)
 
 
 def _bad_row(row: int, logits: Tensor) -> ValueError:

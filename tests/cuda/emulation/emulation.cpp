@@ -4,6 +4,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cfenv>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -356,3 +357,19 @@ uint16_t float_to_bfloat16(float x) {
 }
 
 }  // namespace emulation
+
+float __fadd_rz(float a, float b) {
+    volatile float x = a, y = b;  // read and written between the changes of rounding
+    fesetround(FE_TOWARDZERO);
+    volatile float sum = x + y;
+    fesetround(FE_TONEAREST);
+    return sum;
+}
+
+float __fmaf_rz(float a, float b, float c) {
+    volatile float x = a, y = b, z = c;
+    fesetround(FE_TOWARDZERO);
+    volatile float sum = fmaf(x, y, z);
+    fesetround(FE_TONEAREST);
+    return sum;
+}

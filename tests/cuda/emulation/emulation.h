@@ -212,6 +212,10 @@ T __ldcs(const T* at) {
     return *at;
 }
 template <typename T>
+T __ldcg(const T* at) {
+    return *at;
+}
+template <typename T>
 void __stcs(T* at, T x) {
     *at = x;
 }
@@ -233,8 +237,11 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+float __fadd_rz(float a, float b);
+float __fmaf_rz(float a, float b, float c);
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
+inline int __float2int_rd(float x) { return static_cast<int>(floorf(x)); }
 inline uint32_t __float_as_uint(float x) { return emulation::same_bits<uint32_t>(x); }
 inline int __float_as_int(float x) { return emulation::same_bits<int>(x); }
 inline float __uint_as_float(uint32_t x) { return emulation::same_bits<float>(x); }
