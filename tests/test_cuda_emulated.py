@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,17 +56,29 @@ def sanitizer() -> str:
     return " ".join(libraries)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_on_the_emulation(emulated: Path, file: str) -> None:
+@pytest.fixture(scope="module")
+def runs(emulated: Path) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Every file of tests/cuda in a process of its own, as many at a time as there are cores: a fiber has no use for a second one."""
     environment = {
         **os.environ,
         "PYRLHF_EMULATED": str(emulated),
         "LD_PRELOAD": sanitizer(),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "cuda" / file)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+    def run(file: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "cuda" / file)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {file: pool.submit(run, file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_on_the_emulation(runs: dict[str, Future[subprocess.CompletedProcess[str]]], file: str) -> None:
+    ran = runs[file].result()
     assert ran.returncode == 0, ran.stdout[-20_000:] + ran.stderr[-10_000:]
     assert " passed" in ran.stdout
     assert "skipped" not in ran.stdout.splitlines()[-1], "a test that a GPU runs is left out"
