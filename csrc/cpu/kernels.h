@@ -6,6 +6,8 @@
 
 #include "core/activation.h"
 #include "core/dtype.h"
+#include "core/ppo_loss.h"
+#include "core/ranking_loss.h"
 
 // clang-format off
 #define PYRLHF_CPU_KERNELS(KERNEL)                                                                                     \
@@ -123,23 +125,6 @@ struct PackedLinearArrays {
 struct PackedLinearShape {
     int64_t rows, in_features, out_features;
 };
-
-// The seven inputs of ppo_loss, [n] each; weights may be null (then every weight is options.weight).
-struct PpoArrays {
-    const float *logprobs, *old_logprobs, *advantages, *values, *old_values, *returns, *weights;
-};
-
-// dual_clip and value_clip are off when infinite.
-struct PpoOptions {
-    float clip, value_clip, dual_clip, weight;
-};
-
-// ppo_loss sums this many numbers a block of ppo_block tokens; scratch holds (1 + blocks) rows of them.
-constexpr int ppo_sums = 7;
-constexpr int64_t ppo_block = 2048;
-
-// ranking_loss keeps this many doubles a group in scratch: loss, correct pairs, pairs.
-constexpr int ranking_sums = 3;
 
 // x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
 // the backward grad_out is [rows, size] and out is the gradient, shaped like x.

@@ -18,9 +18,7 @@ struct Totals {
     vd policy, value, kl, clipped, value_clipped, ratio;
 };
 
-struct Tokens {
-    vf logprob, old_logprob, advantage, value, old_value, target, weight;
-};
+using Tokens = PpoToken<vf>;
 
 PYRLHF_INLINE Tokens load_tokens(const PpoArrays& in, float weight, int64_t at) {
     return {load(in.logprobs + at),
@@ -49,33 +47,20 @@ PYRLHF_INLINE Tokens load_last_tokens(const PpoArrays& in, float weight, int64_t
             in.weights ? load_first(in.weights + at, n, 0) : first_of(weight, n)};
 }
 
-PYRLHF_INLINE vf where(vi mask, vf x) { return (vf)((vi)x & mask); }  // x, or 0
-
 PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& sums, vf& grad_logprob,
                               vf& grad_value) {
-    vf kl;  // r - 1 - log r
+    vf kl;
     const vf ratio = exp_and_rest(x.logprob - x.old_logprob, kl);
-    const vf plain = -x.advantage * ratio;
-    const vf bounded = -x.advantage * clamp(ratio, broadcast(1.0f - options.clip), broadcast(1.0f + options.clip));
-    const vf cap = -options.dual_clip * x.advantage;
-    const vf policy = bounded > plain ? bounded : plain;
-    const vi capped = (x.advantage < 0.0f) & (policy > cap);
-    const vi clipped = (bounded > plain) | capped;
-    grad_logprob = where(~clipped, x.weight * plain);
-
-    const vf error = x.value - x.target;
-    const vf near = clamp(x.value, x.old_value - options.value_clip, x.old_value + options.value_clip) - x.target;
-    const vi value_clipped = near * near > error * error;
-    grad_value = where(~value_clipped, x.weight * error);
-
-    sums.policy += x.weight * (capped ? cap : policy);
-    sums.value += x.weight * (value_clipped ? near * near : error * error);
-    sums.kl += x.weight * kl;
-    sums.clipped += where(clipped, x.weight);
-    sums.value_clipped += where(value_clipped, x.weight);
-    sums.ratio += x.weight * ratio;
-    const vf counted = where(x.weight != 0.0f, ratio);
-    sums.ratio_max = counted > sums.ratio_max ? counted : sums.ratio_max;
+    const PpoTerms<vf> terms = ppo_terms<vf>(x, ratio, kl, options);
+    grad_logprob = terms.grad_logprob;
+    grad_value = terms.grad_value;
+    sums.policy += terms.policy;
+    sums.value += terms.value;
+    sums.kl += terms.kl;
+    sums.clipped += terms.clipped;
+    sums.value_clipped += terms.value_clipped;
+    sums.ratio += terms.ratio;
+    sums.ratio_max = terms.counted_ratio > sums.ratio_max ? terms.counted_ratio : sums.ratio_max;
 }
 
 // Empties the float sums into the totals; the largest ratio stays.

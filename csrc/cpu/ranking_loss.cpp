@@ -31,12 +31,10 @@ PYRLHF_INLINE void one_group(const float* scores, const int32_t* ranks, int64_t 
             const vf other = n == W ? load(scores + j) : load_first(scores + j, n, 0.0f);
             const vf margin = scores[i] - other;  // wants to be large
             const vf u = exp(-absolute(margin));
-            const vf zero = {};
-            const vf right = margin > 0.0f ? broadcast(1.0f) : (margin == 0.0f ? broadcast(0.5f) : zero);
-            const vf softplus = (margin < 0.0f ? -margin : zero) + log1p_unit(u);
-            const vf pull = worse ? (margin > 0.0f ? u : broadcast(1.0f)) / (1.0f + u) : zero;  // sigmoid(-margin)
-            losses += worse ? softplus : zero;
-            rights += worse ? right : zero;
+            const RankingPair<vf> pair = ranking_pair<vf>(margin, u, log1p_unit(u));
+            const vf zero = {}, pull = worse ? pair.pull : zero;
+            losses += worse ? pair.loss : zero;
+            rights += worse ? pair.right : zero;
             pulls += pull;
             found -= worse;
             for (int l = 0; l < n; ++l) grad[j + l] += pull[l];

@@ -11,6 +11,7 @@
 #endif
 
 #include "core/dtype.h"
+#include "core/exp.h"
 #include "core/rotary.h"
 
 namespace pyrlhf {
@@ -159,19 +160,13 @@ PYRLHF_INLINE float largest(vf x) { return largest_of_segment<W>(x)[0]; }
 PYRLHF_INLINE vf round_small(vf x) { return (x + 12582912.0f) - 12582912.0f; }
 
 // e^x within 2 ulp; 0 and infinity beyond the float range, NaN stays NaN. `rest` becomes e^x - 1 - x, free of
-// cancellation. x = n ln 2 + r, |r| <= ln 2 / 2: e^r by a degree-7 polynomial, 2^n applied in two factors so that it
-// never overflows alone.
+// cancellation. x = n ln 2 + r, |r| <= ln 2 / 2: e^r by core/exp.h, 2^n applied in two factors so that it never
+// overflows alone.
 PYRLHF_INLINE vf exp_and_rest(vf x, vf& rest) {
     const vf bounded = x < -104.0f ? broadcast(-104.0f) : (x > 89.0f ? broadcast(89.0f) : x);
-    const vf n = round_small(bounded * 1.44269504088896341f);
-    const vf r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
-    vf p = broadcast(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    const vf tail = p * r * r;  // e^r - 1 - r
+    const vf n = round_small(bounded * per_ln2);
+    const vf r = (bounded - n * ln2_high) - n * ln2_low;
+    const vf tail = exp_tail(r);  // e^r - 1 - r
     const vi exponent = __builtin_convertvector(n, vi);
     const vi half = exponent >> 1;
     const vf result = ((tail + r) + 1.0f) * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
@@ -467,14 +462,14 @@ PYRLHF_INLINE vf at_least(vf x, float low) {
 
 // e^x for x <= 0 within 1 ulp down to 2^-126, then 0 (AVX-512: the subnormal numbers first). NaN stays NaN.
 PYRLHF_INLINE vf exp_of_negative(vf x) {
-    const vf bounded = at_least(x, -104.0f), turns = bounded * 1.44269504088896341f;
+    const vf bounded = at_least(x, -104.0f), turns = bounded * per_ln2;
 #if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
     const vf n =
         (vf)_mm512_maskz_roundscale_ps(all_lanes, (__m512)turns, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     const vf n = round_small(turns);
 #endif
-    const vf r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    const vf r = (bounded - n * ln2_high) - n * ln2_low;
     vf p = broadcast(1.381454058e-3f);  // minimax, relative error 2^-28
     p = p * r + 8.368745446e-3f;
     p = p * r + 4.166838899e-2f;

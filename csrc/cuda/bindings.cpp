@@ -137,6 +137,23 @@ void sampled_logprob_at(address logits, int dtype, address tokens, int64_t rows,
                     queue(device, stream));
 }
 
+void ppo_loss_at(address logprobs, address old_logprobs, address advantages, address values, address old_values,
+                 address returns, address weights, int64_t n, float clip, float value_clip, float dual_clip,
+                 float weight, address grad_logprobs, address grad_values, address policy, address value, address stats,
+                 address rows, int device, address stream) {
+    const PpoArrays in = {at<float>(logprobs),   at<float>(old_logprobs), at<float>(advantages), at<float>(values),
+                          at<float>(old_values), at<float>(returns),      at<float>(weights)};
+    ppo_loss(in, {clip, value_clip, dual_clip, weight}, n, at<float>(grad_logprobs), at<float>(grad_values),
+             at<float>(policy), at<float>(value), at<float>(stats), at<double>(rows), queue(device, stream));
+}
+
+void ranking_loss_at(address scores, address cu_groups, address ranks, int64_t groups, int64_t answers,
+                     address grad_scores, address loss, address stats, address sums, address faults, int device,
+                     address stream) {
+    ranking_loss(at<float>(scores), at<int32_t>(cu_groups), at<int32_t>(ranks), groups, answers, at<float>(grad_scores),
+                 at<float>(loss), at<float>(stats), at<double>(sums), at<int32_t>(faults), queue(device, stream));
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
@@ -149,6 +166,8 @@ void bind(py::module_& m) {
     m.def("layer_norm_backward", &layer_norm_backward_at, released);
     m.def("norm_groups", &norm_groups);
     m.def("philox4x32", &philox4x32_at, released);
+    m.def("ppo_loss", &ppo_loss_at, released);
+    m.def("ranking_loss", &ranking_loss_at, released);
     m.def("rms_norm", &rms_norm_at, released);
     m.def("rms_norm_backward", &rms_norm_backward_at, released);
     m.def("rotary", &rotary_at, released);

@@ -6,6 +6,7 @@
 
 #include "core/activation.h"
 #include "core/dtype.h"
+#include "core/ppo_loss.h"
 
 namespace pyrlhf {
 namespace cuda {
@@ -129,6 +130,14 @@ int64_t sample_scratch(int64_t rows, int64_t vocab, int64_t top_k, double top_p,
 void sampled_logprob(const void* logits, DType dtype, const int64_t* tokens, int64_t rows, int64_t vocab,
                      int64_t row_stride, float inverse_temperature, void* scratch, float* logprobs, int32_t* faults,
                      Queue queue);
+
+// rows: scratch for ppo_sums doubles a block of ppo_block tokens.
+void ppo_loss(const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs, float* grad_values,
+              float* policy, float* value, float* stats, double* rows, Queue queue);
+
+// sums: scratch for ranking_sums doubles a group.
+void ranking_loss(const float* scores, const int32_t* cu_groups, const int32_t* ranks, int64_t groups, int64_t answers,
+                  float* grad_scores, float* loss, float* stats, double* sums, int32_t* faults, Queue queue);
 
 }  // namespace cuda
 }  // namespace pyrlhf

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_number, check_tensor
-from pyrlhf.ops._core import address, core, use_core
+from pyrlhf.ops._core import address, core, cuda_core, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define, eager_function
 
 _FLOATS = (torch.float32, torch.float64)
+_BLOCK, _SUMS = 2048, 7  # of csrc/core/ppo_loss.h: ppo_block, ppo_sums
 
 
 class PPOStats(NamedTuple):
@@ -97,7 +98,7 @@ def ppo_loss(
     """
     others = (old_logprobs, advantages, values, old_values, returns)
     _check(logprobs, others, weights, clip, value_clip, dual_clip)
-    if not use_core(logprobs, *others, weights):
+    if not use_core(logprobs, *others, weights) and not use_cuda_core(logprobs, *others, weights):
         return ppo_loss_ref(logprobs, *others, weights=weights, clip=clip, value_clip=value_clip, dual_clip=dual_clip)
     bound = math.inf if value_clip is None else value_clip
     cap = math.inf if dual_clip is None else dual_clip
@@ -146,16 +147,12 @@ def _ppo_loss(
     policy, value, stats = logprobs.new_empty(()), logprobs.new_empty(()), logprobs.new_empty(5)
     outputs = (torch.empty_like(logprobs), torch.empty_like(logprobs), policy, value, stats)
     n = logprobs.shape[0]
-    core().ppo_loss(
-        *map(address, inputs),
-        n,
-        clip,
-        value_clip,
-        dual_clip,
-        1.0 / max(1, n),
-        *map(address, outputs),
-        torch.get_num_threads(),
-    )
+    arguments = (*map(address, inputs), n, clip, value_clip, dual_clip, 1.0 / max(1, n), *map(address, outputs))
+    if use_core(logprobs):
+        core().ppo_loss(*arguments, torch.get_num_threads())
+    else:
+        rows = logprobs.new_empty(_SUMS * (n // _BLOCK + 1), dtype=torch.float64)
+        cuda_core().ppo_loss(*arguments, address(rows), *queue(logprobs))
     return policy, value, stats, outputs[0], outputs[1]
 
 
@@ -188,6 +185,5 @@ _op = define(
     _fake,
     backward=_backward,
     setup_context=_setup_context,
-    key="CPU",
 )
 _eager = eager_function(_ppo_loss, _setup_context, _backward)

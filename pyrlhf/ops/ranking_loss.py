@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_cu_seqlens, check_tensor
-from pyrlhf.ops._core import address, core, use_core
+from pyrlhf.ops._core import address, core, cuda_core, faults, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define, eager_function
 
 _FLOATS = (torch.float32, torch.float64)
+_SUMS = 3  # of csrc/core/ranking_loss.h: ranking_sums
 
 
 class RankingStats(NamedTuple):
@@ -51,7 +52,7 @@ def ranking_loss(scores: Tensor, cu_groups: Tensor, ranks: Tensor) -> tuple[Tens
     check_tensor("ranking_loss", "scores", scores, shape=(None,), dtype=_FLOATS)
     check_tensor("ranking_loss", "cu_groups", cu_groups, shape=(None,), dtype=torch.int32, device=scores.device)
     check_tensor("ranking_loss", "ranks", ranks, shape=scores.shape, dtype=torch.int32, device=scores.device)
-    if not use_core(scores):
+    if not use_core(scores) and not use_cuda_core(scores):
         check_cu_seqlens("ranking_loss", "cu_groups", cu_groups, scores.shape[0])
         return ranking_loss_ref(scores, cu_groups, ranks)
     op = _op if torch.compiler.is_compiling() else _eager
@@ -63,8 +64,13 @@ def _ranking_loss(scores: Tensor, cu_groups: Tensor, ranks: Tensor) -> tuple[Ten
     check_cu_seqlens("ranking_loss", "cu_groups", cu_groups, scores.shape[0])
     inputs = (scores.contiguous(), cu_groups.contiguous(), ranks.contiguous())
     outputs = (torch.empty_like(scores), scores.new_empty(()), scores.new_empty(3))
-    groups = cu_groups.shape[0] - 1
-    core().ranking_loss(*map(address, inputs), groups, *map(address, outputs), torch.get_num_threads())
+    groups, addresses, results = cu_groups.shape[0] - 1, map(address, inputs), map(address, outputs)
+    if use_core(scores):
+        core().ranking_loss(*addresses, groups, *results, torch.get_num_threads())
+    else:
+        sums = scores.new_empty(_SUMS * groups, dtype=torch.float64)
+        sizes, end = (groups, scores.shape[0]), (address(sums), faults(scores), *queue(scores))
+        cuda_core().ranking_loss(*addresses, *sizes, *results, *end)
     by_score, loss, stats = outputs
     return loss, stats, by_score
 
@@ -90,6 +96,5 @@ _op = define(
     _fake,
     backward=_backward,
     setup_context=_setup_context,
-    key="CPU",
 )
 _eager = eager_function(_ranking_loss, _setup_context, _backward)
