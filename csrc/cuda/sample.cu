@@ -34,7 +34,6 @@ constexpr int steps = 8;            // places that are told apart in a bin
 constexpr int most_part_tiles = 4;  // so that the counts and the places of a part fit in 32 bits:
 constexpr int place_bits = 17;      // 4 * 4096 * 7 < 2^17, 4 * 4096 < 2^15
 constexpr float too_far = 0x1p26f;  // places beyond it are not counted: float has no bits for them
-constexpr float slack = 1.0045f;    // estimated masses over true ones, squared: e^(2 / (16 * 32)) and rounding
 constexpr int list_size = 8192;     // candidates a row
 constexpr int id_bits = 22;         // vocab <= 2^22
 constexpr int digit_bits = 9;       // of a token's 54 bits in sampling order
@@ -360,6 +359,9 @@ __global__ void __launch_bounds__(threads) plan(Options options, Sizes sizes, Sc
         const float least = !by_count ? shared.masses[bins - 1] : k_bin > 0 ? shared.masses[k_bin - 1] : 0.0f;
         const float most = shared.masses[by_count ? k_bin : bins - 1];
         const auto part = static_cast<float>(options.top_p);
+        // What lies above the cut, the share s of the whole, is estimated within 1 +- 1/512, and so is the rest: their
+        // ratio is within 1 +- (1 - s) / 256. The rest is for how tokens lie within a step, and for rounding.
+        const float slack = 1.00002f + 0.0041f * static_cast<float>(1.0 - options.top_p);
         for (int b = threadIdx.x; b < bins; b += threads) {
             if (shared.masses[b] * slack >= part * least) atomicMin(&shared.first_bin, b);
             if (shared.masses[b] >= part * most * slack) atomicMin(&shared.last_bin, b);
@@ -604,6 +606,9 @@ __global__ void __launch_bounds__(threads, 4)
     const int64_t index = blockIdx.x / sizes.parts;
     const int part = static_cast<int>(blockIdx.x % sizes.parts);
     const Row<T> row = row_at(logits, index, sizes);
+    const int first = part * sizes.part_tiles, last = min(sizes.tiles, first + sizes.part_tiles);
+    float x[items];
+    load_tile(row, first, x);  // on its way while the row's largest logit is found
     State& state = scratch.states[index];
     Mass* const tile_masses = scratch.tile_masses + index * sizes.tiles;
     uint64_t* const list = scratch.lists + index * list_size;
@@ -621,10 +626,7 @@ __global__ void __launch_bounds__(threads, 4)
     const bool all_weigh = !filtered || (state.by_mass && !state.by_count);
 
     Mass total = 0, above = 0;
-    const int last = min(sizes.tiles, (part + 1) * sizes.part_tiles);
-    for (int t = part * sizes.part_tiles; t < last; ++t) {
-        float x[items];
-        load_tile(row, t, x);
+    for (int t = first; t < last; ++t) {
         Mass kept = 0;
         uint32_t kept_surely = 0, found = 0;  // bit i: x[i] is; x[i] is a candidate
         if constexpr (filtered) {
@@ -688,6 +690,7 @@ __global__ void __launch_bounds__(threads, 4)
                 }
             }
         }
+        if (t + 1 < last) load_tile(row, t + 1, x);
     }
     if constexpr (filtered) {
         total = block_sum<threads>(total, shared.sums);
