@@ -23,7 +23,7 @@ from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
 from pyrlhf.ops._library import define, eager_function
 from pyrlhf.ops.packed_linear import PackedWeight, packed_linear
 
-LARGE = 1 << 16  # elements of a weight from which the 15 us that a call of oneDNN costs are earned back
+LARGE = 1 << 18  # elements of a weight from which the 15 us that a call of oneDNN costs are earned back
 MANY_ROWS = 1024  # from which turning x and the weight over, too, is earned back (float32)
 
 

@@ -130,10 +130,10 @@ def test_large_weights_go_to_onednn_whatever_the_rows_and_small_ones_to_torch(dt
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no bfloat16 oneDNN")
     for rows in (1, 2, 1100):
-        inputs = layer(rows, 256, 256, dtype)
+        inputs = layer(rows, 512, 512, dtype)
         assert PRODUCT in called(linear, *inputs[:3])
         assert not {"aten::mm", "aten::addmm"} & called(run, linear, *inputs)
-        x, weight, bias, _ = layer(rows, 256, 255, dtype)
+        x, weight, bias, _ = layer(rows, 512, 511, dtype)
         assert PRODUCT not in called(linear, x, weight, bias)
 
 
