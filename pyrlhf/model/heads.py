@@ -162,7 +162,8 @@ class _Model(nn.Module):
         token_types: Tensor | None,
     ) -> Tensor:
         attend = TokenwiseAttention if self.tokenwise else PackedAttention
-        return self.trunk(tokens, positions, attend(cu_seqlens, prefix), rows=rows, token_types=token_types)
+        hidden = self.trunk(tokens, positions, attend(cu_seqlens, prefix), token_types=token_types)
+        return hidden if rows is None else hidden[rows]
 
     @classmethod
     def from_pretrained(
