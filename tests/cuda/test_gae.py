@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import equal, offsets
+from checking import as_good_as, equal, offsets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -143,7 +143,8 @@ def test_a_slice_that_begins_anywhere_gives_the_same_bits(device: torch.device) 
 def test_any_lengths(device: torch.device, lengths: list[int], seed: int, gamma: float, lam: float) -> None:
     rewards, values, cu, after = packed(lengths, device, seed)
     found = gae(rewards, values, cu, gamma=gamma, lam=lam, bootstrap=after)
-    given64 = (t.double().cpu() for t in (rewards, values))
-    truth = gae_ref(*given64, cu.cpu(), gamma=gamma, lam=lam, bootstrap=after.double().cpu())
-    for out, ref in zip(found, truth, strict=True):
-        torch.testing.assert_close(out.cpu(), ref.float(), rtol=2e-5, atol=2e-5)
+    given = [t.cpu() for t in (rewards, values)]
+    exact = gae_ref(*(t.double() for t in given), cu.cpu(), gamma=gamma, lam=lam, bootstrap=after.double().cpu())
+    # Near 1 the rounding of gamma * lam to float32 alone errs by 3e-5 after 200 tokens: the yardstick is float32 itself.
+    plain = gae_ref(*given, cu.cpu(), gamma=gamma, lam=lam, bootstrap=after.cpu())
+    as_good_as([t.cpu() for t in found], plain, exact, tiny=2e-6)
