@@ -4,12 +4,26 @@
 //   Math::normal_cdf(x, density) = Phi(x) to a few ulp in both tails, and e^(-x^2 / 2).
 #pragma once
 
+#include <cstdint>
+
+#include "core/dtype.h"
 #include "core/portable.h"
 
 namespace pyrlhf {
 
 // What is applied to each output, in the order of pyrlhf/ops/activation.py: KINDS.
 enum class Activation : int { none = -1, gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
+
+// x is [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
+// the backward grad_out is [rows, size] and out is the gradient, shaped like x.
+struct ActivationArrays {
+    const void *grad_out, *x;
+    void* out;
+    DType dtype;
+    Activation kind;
+    bool gated;
+    int64_t rows, size;
+};
 
 template <typename V>
 struct ValueAndSlope {

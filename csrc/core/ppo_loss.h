@@ -71,4 +71,21 @@ PYRLHF_HD PpoTerms<F> ppo_terms(const PpoToken<F>& x, const F ratio, const F kl,
     return out;
 }
 
+// Sums of terms, and the largest ratio: of a lane where F is a vector.
+template <typename F>
+struct PpoSums {
+    F policy, value, kl, clipped, value_clipped, ratio, ratio_max;
+};
+
+template <typename F>
+PYRLHF_HD void ppo_add(PpoSums<F>& sums, const PpoTerms<F>& terms) {
+    sums.policy += terms.policy;
+    sums.value += terms.value;
+    sums.kl += terms.kl;
+    sums.clipped += terms.clipped;
+    sums.value_clipped += terms.value_clipped;
+    sums.ratio += terms.ratio;
+    sums.ratio_max = terms.counted_ratio > sums.ratio_max ? terms.counted_ratio : sums.ratio_max;
+}
+
 }  // namespace pyrlhf

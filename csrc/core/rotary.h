@@ -2,9 +2,26 @@
 // and cosine, shared by CPU and CUDA. F and D are a float and a double, or vectors of them.
 #pragma once
 
+#include <cstdint>
+
 #include "core/portable.h"
 
 namespace pyrlhf {
+
+// x is [tokens, heads, head_size] with these strides in elements, its last dimension contiguous; out is contiguous.
+struct RotaryHeads {
+    const void* x;
+    void* out;
+    int64_t heads, token_stride, head_stride;
+};
+
+// Channels (i, i + half) turn by positions[token] * inv_freq[i], backwards if inverse; those from 2 half on stay.
+struct RotaryShape {
+    const int64_t* positions;
+    const float* inv_freq;
+    int64_t tokens, head_size, half;
+    bool inverse;
+};
 
 // (first, second) turned by the angle with this sine and cosine.
 template <typename F>

@@ -6,30 +6,24 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/exp.h"
 #include "core/philox.h"
 #include "core/portable.h"
 
 namespace pyrlhf {
 
 // e^z 2^20 for z <= 0, from which a token's weight is w = floor(e^z 2^40): a fixed sequence of float32 operations, none
-// fused. Math gives the numbers, one or a vector: Real with + - * that round each time, Integer, all(float),
-// at_least(Real, float), round(Real x, Real& n, Integer& i) to the nearest integer, and power(Integer i) = 2^i.
+// fused. Math gives the numbers, one or a vector: Real with + - * that round each time, Integer, at_least(Real, float),
+// round(Real x, Real& n, Integer& i) to the nearest integer, and power(Integer i) = 2^i.
 template <typename Math>
 PYRLHF_HD typename Math::Real exp_2_20(typename Math::Real z) {
     using Real = typename Math::Real;
     Real n;
     typename Math::Integer exponent;
     z = Math::at_least(z, -32.0f);
-    Math::round(z * 1.44269504088896341f, n, exponent);
-    const Real r = (z - n * 0.693359375f) - n * -2.12194440e-4f;
-    Real p = Math::all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = ((p * r) * r + r) + 1.0f;
-    return p * Math::power(exponent + 20);
+    Math::round(z * per_ln2, n, exponent);
+    const Real r = (z - n * ln2_high) - n * ln2_low;
+    return ((exp_tail(r) + r) + 1.0f) * Math::power(exponent + 20);
 }
 
 // Rises as the logit falls; -0 and 0 are equal logits.

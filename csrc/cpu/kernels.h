@@ -8,6 +8,7 @@
 #include "core/dtype.h"
 #include "core/ppo_loss.h"
 #include "core/ranking_loss.h"
+#include "core/rotary.h"
 
 // clang-format off
 #define PYRLHF_CPU_KERNELS(KERNEL)                                                                                     \
@@ -126,17 +127,6 @@ struct PackedLinearShape {
     int64_t rows, in_features, out_features;
 };
 
-// x [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
-// the backward grad_out is [rows, size] and out is the gradient, shaped like x.
-struct ActivationArrays {
-    const void *grad_out, *x;
-    void* out;
-    DType dtype;
-    Activation kind;
-    bool gated;
-    int64_t rows, size;
-};
-
 // Arrays of dtype [rows, size], parameters of weight_dtype [size] and statistics [rows] of rms_norm and layer_norm.
 // residual and sum (x + residual) are null together; bias and mean are layer_norm's alone. scratch is [threads,
 // size].
@@ -160,21 +150,6 @@ struct NormBackward {
     int64_t rows, size;
 };
 constexpr int64_t norm_block = 32;
-
-// x [tokens, heads, head_size] with strides in elements, its last dimension contiguous; out contiguous.
-struct RotaryHeads {
-    const void* x;
-    void* out;
-    int64_t heads, token_stride, head_stride;
-};
-
-// Channels (i, i + half) turn by positions[token] * inv_freq[i], backwards if inverse; those from 2 half on stay.
-struct RotaryShape {
-    const int64_t* positions;
-    const float* inv_freq;
-    int64_t tokens, head_size, half;
-    bool inverse;
-};
 
 // log_min_p is -inf and top_k 0 and top_p 1 when off; inverse_temperature 0 asks for the argmax.
 struct SampleOptions {

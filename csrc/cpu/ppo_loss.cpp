@@ -10,9 +10,7 @@ namespace {
 
 constexpr int run = 8;  // vectors that are summed in float before double takes over
 
-struct Sums {
-    vf policy, value, kl, clipped, value_clipped, ratio, ratio_max;
-};
+using Sums = PpoSums<vf>;
 
 struct Totals {
     vd policy, value, kl, clipped, value_clipped, ratio;
@@ -54,13 +52,7 @@ PYRLHF_INLINE void add_tokens(const Tokens& x, const PpoOptions& options, Sums& 
     const PpoTerms<vf> terms = ppo_terms<vf>(x, ratio, kl, options);
     grad_logprob = terms.grad_logprob;
     grad_value = terms.grad_value;
-    sums.policy += terms.policy;
-    sums.value += terms.value;
-    sums.kl += terms.kl;
-    sums.clipped += terms.clipped;
-    sums.value_clipped += terms.value_clipped;
-    sums.ratio += terms.ratio;
-    sums.ratio_max = terms.counted_ratio > sums.ratio_max ? terms.counted_ratio : sums.ratio_max;
+    ppo_add(sums, terms);
 }
 
 // Empties the float sums into the totals; the largest ratio stays.

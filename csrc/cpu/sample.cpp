@@ -68,7 +68,6 @@ struct Weights {
 struct Lanes {
     using Real = vf;
     using Integer = vi;
-    PYRLHF_INLINE vf all(float x) { return broadcast(x); }
     PYRLHF_INLINE vf at_least(vf x, float low) { return x < low ? broadcast(low) : x; }
     PYRLHF_INLINE void round(vf x, vf& n, vi& i) {
         n = round_small(x);

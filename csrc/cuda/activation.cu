@@ -162,7 +162,7 @@ constexpr int64_t elements_a_launch = int64_t{1} << 30;
 template <typename T, Activation kind, bool gated, bool backwards>
 void run(const ActivationArrays& a, Queue queue) {
     constexpr int64_t width = Pack<T>::size;
-    const bool aligned = on_16_bytes(a.grad_out) && on_16_bytes(a.x) && on_16_bytes(a.out);
+    const bool aligned = on_16_bytes(a.grad_out, a.x, a.out);
     const bool packed = aligned && (!gated || a.size % width == 0);
     const int64_t a_block = threads * (packed ? packs * width : 1);
     const int64_t row = gated ? a.size : 1, rows = a.rows * a.size / row;

@@ -464,7 +464,7 @@ void start(const Arrays& arrays, const DecodeShape& shape, Queue queue) {
     const int64_t tiles = ceil_div(shape.heads / shape.kv_heads, int64_t{Shared<T, dim>::rows});
     const int64_t blocks = shape.rows * shape.splits * shape.kv_heads * tiles;
     constexpr int64_t width = Pack<T>::size;
-    const bool on_16 = shape.dim % width == 0 && on_16_bytes(arrays.k_cache) && on_16_bytes(arrays.v_cache);
+    const bool on_16 = shape.dim % width == 0 && on_16_bytes(arrays.k_cache, arrays.v_cache);
     const bool q_on_16 =
         shape.dim % width == 0 && on_16_bytes(arrays.q) && shape.q_row % width == 0 && shape.q_head % width == 0;
     launch("decode_attention", decode_kernel<T, dim>, dim3(static_cast<unsigned>(blocks)), threads,

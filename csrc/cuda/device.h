@@ -168,7 +168,11 @@ PYRLHF_DEVICE void store_pack(T* to, const Pack<T>& pack) {
     *reinterpret_cast<Pack<T>*>(to) = pack;
 }
 
-inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+// Whether all of these lie on 16 bytes; null does.
+template <typename... Pointers>
+bool on_16_bytes(const Pointers*... pointers) {
+    return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
 
 // Copies 4, 8 or 16 bytes from global to shared memory without waiting; both addresses are multiples of that size.
 // Where wanted is false the place is filled with zeros and nothing is read. close_async() ends a group of copies;

@@ -7,6 +7,7 @@
 #include "core/activation.h"
 #include "core/dtype.h"
 #include "core/ppo_loss.h"
+#include "core/rotary.h"
 
 namespace pyrlhf {
 namespace cuda {
@@ -15,17 +16,6 @@ namespace cuda {
 struct Queue {
     int device;
     void* stream;
-};
-
-// x is [rows, size], or gated [rows, 2 size]: the gates, then what they gate. Without grad_out, out is the value [rows,
-// size]; with it, out is the gradient of x in x's shape.
-struct ActivationArrays {
-    const void *grad_out, *x;
-    void* out;
-    DType dtype;
-    Activation kind;
-    bool gated;
-    int64_t rows, size;
 };
 
 // x, residual (may be null), out and sum (null with residual) are [rows, size] of dtype; weight and bias [size] of
@@ -89,23 +79,9 @@ void layer_norm_backward(const NormBackward& arrays, Queue queue);
 void rms_norm(const NormForward& arrays, Queue queue);
 void rms_norm_backward(const NormBackward& arrays, Queue queue);
 
-// x is [tokens, heads, head_size] with these strides in elements; out is [rows, heads, head_size], a row a token or, of
-// rotary_write_kv, a slot of the cache.
-struct RotaryHeads {
-    const void* x;
-    void* out;
-    int64_t heads, token_stride, head_stride;
-};
-// Channels (i, i + half) turn by positions[token] * inv_freq[i], backwards if inverse; those from 2 half on stay.
-struct RotaryShape {
-    const int64_t* positions;
-    const float* inv_freq;
-    int64_t tokens, head_size, half;
-    bool inverse;
-};
 void rotary(const RotaryHeads& q, const RotaryHeads& k, const RotaryShape& shape, DType dtype, Queue queue);
 
-// rotary, and write_kv of the turned k and of v.
+// rotary, and write_kv of the turned k and of v: the out of these two is the cache, a row a slot.
 void rotary_write_kv(const RotaryHeads& q, const RotaryHeads& k, const RotaryHeads& v, const int64_t* slots,
                      int64_t slot_count, const RotaryShape& shape, DType dtype, int32_t* faults, Queue queue);
 

@@ -508,9 +508,7 @@ dim3 turns(int64_t count) {
 template <bool centred>
 void norm_forward(const char* op, const NormForward& a, Queue queue) {
     if (a.rows == 0 || a.size == 0) return;
-    const void* const arrays[] = {a.x, a.residual, a.weight, a.bias, a.out, a.sum};
-    bool aligned = true;
-    for (const void* array : arrays) aligned = aligned && on_16_bytes(array);
+    const bool aligned = on_16_bytes(a.x, a.residual, a.weight, a.bias, a.out, a.sum);
     visit(a.dtype, [&](auto element) {
         using T = decltype(element);
         by_weight_dtype<T>(a.weight_dtype, [&](auto parameter) {
@@ -533,9 +531,7 @@ template <bool centred>
 void norm_backward(const char* op, const NormBackward& a, Queue queue) {
     if (a.size == 0) return;
     constexpr int N = parameters<centred>;
-    const void* const arrays[] = {a.grad_out, a.grad_sum, a.summed, a.weight, a.grad_x, a.partials};
-    bool aligned = true;
-    for (const void* array : arrays) aligned = aligned && on_16_bytes(array);
+    const bool aligned = on_16_bytes(a.grad_out, a.grad_sum, a.summed, a.weight, a.grad_x, a.partials);
     visit(a.dtype, [&](auto element) {
         using T = decltype(element);
         by_weight_dtype<T>(a.weight_dtype, [&](auto parameter) {

@@ -8,8 +8,6 @@
 // depends on the number of blocks that run at once, and no block waits for another.
 //
 // Unaligned inputs and the last, partial block are read one number at a time, by the same thread into the same sum.
-#include <initializer_list>
-
 #include "core/exp.h"
 #include "core/ppo_loss.h"
 #include "cuda/device.h"
@@ -36,9 +34,7 @@ PYRLHF_DEVICE float exp_and_rest(float x, float& rest) {
     return result;
 }
 
-struct Sums {
-    float policy, value, kl, clipped, value_clipped, ratio, ratio_max;
-};
+using Sums = PpoSums<float>;
 
 PYRLHF_DEVICE void add_token(const PpoToken<float>& x, const PpoOptions& options, Sums& sums, float& grad_logprob,
                              float& grad_value) {
@@ -47,13 +43,7 @@ PYRLHF_DEVICE void add_token(const PpoToken<float>& x, const PpoOptions& options
     const PpoTerms<float> terms = ppo_terms<float>(x, ratio, kl, options);
     grad_logprob = terms.grad_logprob;
     grad_value = terms.grad_value;
-    sums.policy += terms.policy;
-    sums.value += terms.value;
-    sums.kl += terms.kl;
-    sums.clipped += terms.clipped;
-    sums.value_clipped += terms.value_clipped;
-    sums.ratio += terms.ratio;
-    sums.ratio_max = terms.counted_ratio > sums.ratio_max ? terms.counted_ratio : sums.ratio_max;
+    ppo_add(sums, terms);
 }
 
 // Four tokens, of which the first `left` are there; the others read 0. whole: all are, on 16 bytes.
@@ -200,11 +190,8 @@ __global__ void __launch_bounds__(total_threads)
 void ppo_loss(const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs, float* grad_values,
               float* policy, float* value, float* stats, double* rows, Queue queue) {
     const int64_t blocks = ceil_div(n, ppo_block);
-    bool aligned = true;
-    for (const float* each :
-         {in.logprobs, in.old_logprobs, in.advantages, in.values, in.old_values, in.returns, in.weights,
-          static_cast<const float*>(grad_logprobs), static_cast<const float*>(grad_values)})
-        aligned = aligned && on_16_bytes(each);
+    const bool aligned = on_16_bytes(in.logprobs, in.old_logprobs, in.advantages, in.values, in.old_values, in.returns,
+                                     in.weights, grad_logprobs, grad_values);
     if (blocks > 0)
         launch("ppo_loss", aligned ? ppo_loss_kernel<true> : ppo_loss_kernel<false>,
                dim3(static_cast<unsigned>(blocks)), threads, sizeof(Shared), queue, in, options, n, grad_logprobs,

@@ -140,8 +140,7 @@ Heads<T> typed(const RotaryHeads& heads) {
 
 // Whether every part of `width` elements lies on a multiple of its size.
 bool lies_on(const RotaryHeads& heads, int width) {
-    return on_16_bytes(heads.x) && on_16_bytes(heads.out) && heads.token_stride % width == 0 &&
-           heads.head_stride % width == 0;
+    return on_16_bytes(heads.x, heads.out) && heads.token_stride % width == 0 && heads.head_stride % width == 0;
 }
 
 template <typename T, int width>

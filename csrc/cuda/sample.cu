@@ -59,7 +59,6 @@ PYRLHF_DEVICE Single operator*(Single a, Single b) { return __fmul_rn(a.x, b.x);
 struct One {
     using Real = Single;
     using Integer = int;
-    static PYRLHF_DEVICE Single all(float x) { return x; }
     static PYRLHF_DEVICE Single at_least(Single x, float low) { return fmaxf(x.x, low); }
     // 1.5 * 2^23 leaves no bits for a fraction; the integer is then in the low bits.
     static PYRLHF_DEVICE void round(Single x, Single& n, int& i) {
