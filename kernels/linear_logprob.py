@@ -48,6 +48,11 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        tile = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "GROUP": _GROUP}
+        return {**tile, "num_warps": self.warps, "num_stages": self.stages}
+
 
 # Two warpgroups of 64 x 256 fill the tensor cores of sm_90 with the fewest bytes a product that registers allow (128
 # accumulators a thread): 48 KiB a stage, so one program a multiprocessor, and 4 stages of loads under way. The gradient's
@@ -319,8 +324,7 @@ def forward(
     with torch.cuda.device_of(hidden):
         forward_kernel[(triton.cdiv(n, tiles.rows) * splits,)](
             x, y, bias, targets, partials, n, vocabulary, dim, splits, width, 1 / temperature,
-            ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, TMA=tma, GROUP=_GROUP,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            EVEN=dim % tiles.depth == 0, TMA=tma, **tiles.options(),
         )  # fmt: skip
         merge_kernel[(triton.cdiv(n, _MERGED),)](
             partials, targets, logprob, entropy, lse, faults, n, vocabulary, splits,
@@ -399,8 +403,7 @@ def _grad_logits(
     grad_logits_kernel[(triton.cdiv(n, tiles.rows) * (width // tiles.columns),)](
         x, y, bias, targets, lse, entropy, *upstream, grad, n, weight.shape[0], dim, first, width,
         1 / temperature,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, EVEN=dim % tiles.depth == 0, TMA=tma, GROUP=_GROUP,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        EVEN=dim % tiles.depth == 0, TMA=tma, **tiles.options(),
     )  # fmt: skip
 
 
@@ -418,9 +421,7 @@ def _grad_hidden(
     tma, x, y = _operands(grad, (tiles.rows, tiles.depth), weight, (tiles.depth, tiles.columns))
     grad_hidden_kernel[(triton.cdiv(n, tiles.rows) * triton.cdiv(dim, tiles.columns),)](
         x, y, *upstream, sums, out, n, dim, count, width,
-        FIRST=first == 0, LAST=first + count == vocabulary,
-        ROWS=tiles.rows, COLUMNS=tiles.columns, DEPTH=tiles.depth, TMA=tma, GROUP=_GROUP,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        FIRST=first == 0, LAST=first + count == vocabulary, TMA=tma, **tiles.options(),
     )  # fmt: skip
 
 

@@ -159,6 +159,9 @@ void ranking_loss_at(address scores, address cu_groups, address ranks, int64_t g
 void bind(py::module_& m) {
     const py::call_guard<py::gil_scoped_release> released;
     m.attr("decode_chunk") = decode_chunk;
+    m.attr("ppo_block") = ppo_block;
+    m.attr("ppo_sums") = ppo_sums;
+    m.attr("ranking_sums") = ranking_sums;
     m.def("activation", &activation_at, released);
     m.def("decode_attention", &decode_attention_at, released);
     m.def("gae", &gae_at, released);

@@ -7,6 +7,7 @@
 #include "core/activation.h"
 #include "core/dtype.h"
 #include "core/ppo_loss.h"
+#include "core/ranking_loss.h"
 #include "core/rotary.h"
 
 namespace pyrlhf {

@@ -102,12 +102,7 @@ def use_cuda_core(*tensors: Tensor | None) -> bool:
 
     Raises RuntimeError where they would, but this installation was built without the CUDA half.
     """
-    if _reference_wanted():
-        return False
-    for t in tensors:
-        if t is not None and not (t.is_cuda and (t.dtype in CUDA_DTYPES or not t.is_floating_point())):
-            return False
-    return cuda_core() is not None
+    return _for_cuda_kernels(tensors) and cuda_core() is not None
 
 
 @functools.cache
@@ -124,12 +119,16 @@ def cuda_core() -> Any:
 
 def use_triton(*tensors: Tensor | None) -> bool:
     """Whether these tensors go to the Triton kernels (pyrlhf.kernels): as `use_cuda_core`; RuntimeError where triton is not installed."""
+    return _for_cuda_kernels(tensors) and _has_triton()
+
+
+def _for_cuda_kernels(tensors: tuple[Tensor | None, ...]) -> bool:
     if _reference_wanted():
         return False
     for t in tensors:
         if t is not None and not (t.is_cuda and (t.dtype in CUDA_DTYPES or not t.is_floating_point())):
             return False
-    return _has_triton()
+    return True
 
 
 @functools.cache

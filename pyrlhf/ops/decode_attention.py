@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyrlhf.ops._checks import check_number, check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._core import CORE_DTYPES, CUDA_DTYPES, address, core, cuda_core, faults, queue, use_core, use_cuda_core
+from pyrlhf.ops._core import CUDA_DTYPES, address, core, cuda_core, faults, queue, use_core, use_cuda_core
 from pyrlhf.ops._library import define
 
 _BLOCK = 64  # keys
@@ -151,51 +151,27 @@ def attend(
     """`decode_attention` by the kernels, without its checks, for a decode loop that has made the table itself."""
     q = q if q.stride(2) == 1 else q.contiguous()
     page_table, seq_lens = page_table.contiguous(), seq_lens.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tensors = [address(t) for t in (q, k_cache, v_cache, page_table, seq_lens, out)]
+    (rows, heads, dim), (pages, page_size, kv_heads), max_pages = q.shape, k_cache.shape[:3], page_table.shape[1]
+    dtype, reach = CUDA_DTYPES.index(q.dtype), _EVERYTHING if window is None else min(window, _EVERYTHING)
     if not use_core(q):
-        return _attend_on_cuda(q, k_cache, v_cache, page_table, seq_lens, window, scale)
-    out = torch.empty(q.shape, dtype=q.dtype)
-    sizes = (*q.shape[:2], k_cache.shape[2], q.shape[2], k_cache.shape[1], page_table.shape[1], *q.stride()[:2])
-    done = core().decode_attention(
-        *map(address, (q, k_cache, v_cache, page_table, seq_lens, out)),
-        *sizes,
-        _EVERYTHING if window is None else window,
-        scale,
-        CORE_DTYPES.index(q.dtype),
-        torch.get_num_threads(),
-    )
-    if not done:
+        splits = _splits(max_pages * page_size, window)
+        partial = q.new_empty(rows * heads * splits * (dim + 2), dtype=torch.float32) if splits > 1 else None
+        sizes = (rows, heads, kv_heads, dim, pages, page_size, max_pages, *q.stride()[:2], reach, splits)
+        cuda_core().decode_attention(*tensors, address(partial), *sizes, scale, dtype, faults(q), *queue(q))
+        return out
+    sizes = (rows, heads, kv_heads, dim, page_size, max_pages, *q.stride()[:2], reach)
+    if not core().decode_attention(*tensors, *sizes, scale, dtype, torch.get_num_threads()):
         raise MemoryError("decode_attention: the kernel's scratch memory could not be allocated; free some memory")
     return out
 
 
-def _attend_on_cuda(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    seq_lens: Tensor,
-    window: int | None,
-    scale: float,
-) -> Tensor:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    (rows, heads, dim), (pages, page_size, kv_heads), max_pages = q.shape, k_cache.shape[:3], page_table.shape[1]
+def _splits(room: int, window: int | None) -> int:
+    """The most chunks that a row of a table with so much room can see, at least 1."""
     chunk = cuda_core().decode_chunk
-    splits = -(-max_pages * page_size // chunk)  # the most chunks that a row can see
-    if window is not None:
-        splits = min(splits, -(-window // chunk) + 1)
-    splits = max(splits, 1)
-    partial = q.new_empty(rows * heads * splits * (dim + 2), dtype=torch.float32) if splits > 1 else None
-    cuda_core().decode_attention(
-        *map(address, (q, k_cache, v_cache, page_table, seq_lens, out, partial)),
-        *(rows, heads, kv_heads, dim, pages, page_size, max_pages, *q.stride()[:2]),
-        _EVERYTHING if window is None else min(window, _EVERYTHING),
-        splits,
-        scale,
-        CUDA_DTYPES.index(q.dtype),
-        faults(q),
-        *queue(q),
-    )
-    return out
+    every = -(-room // chunk)
+    return max(1, every if window is None else min(every, -(-window // chunk) + 1))
 
 
 def attend_planned(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: DecodePlan, scale: float) -> Tensor:

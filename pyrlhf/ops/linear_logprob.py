@@ -1,10 +1,11 @@
 """Log-probability of given tokens and entropy of the next-token distribution, from hidden states, without the logits.
 
 On the CPU one C++ kernel a direction does it all, products included: torch has no product of bfloat16 matrices with float32
-logits there. On CUDA Triton kernels do (kernels/linear_logprob.py). For float64 and PYRLHF_BACKEND=ref torch does it by
-slabs: the logits of ROWS rows by a chunk of the vocabulary exist at a time. The vocabulary is the outer loop, so that a chunk's float32 weight and weight gradient exist once; a running (maximum, sum,
-weighted sum) a row joins the chunks (online softmax, arXiv:1805.02867). The backward makes the logits again. Rows go
-through GEMMs of one shape, whatever N is, because BLAS picks its order of summation by shape.
+logits there. On CUDA Triton kernels do (kernels/linear_logprob.py). For float64 and PYRLHF_BACKEND=ref torch does it by slabs: the
+logits of ROWS rows by a chunk of the vocabulary exist at a time. The vocabulary is the outer loop, so that a chunk's float32 weight
+and weight gradient exist once; a running (maximum, sum, weighted sum) a row joins the chunks (online softmax, arXiv:1805.02867). The
+backward makes the logits again. Rows go through GEMMs of one shape, whatever N is, because BLAS picks its order of summation by
+shape.
 """
 
 from __future__ import annotations
@@ -146,28 +147,16 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pyrlhf.kernels import linear_logprob as kernels
 
-    given = hidden.contiguous(), weight.contiguous(), targets.contiguous(), None if bias is None else bias.contiguous()
+    given = (None if x is None else x.contiguous() for x in (hidden, weight, targets, bias))
     return kernels.forward(*given, temperature, fault_flags(hidden.device), _FAULT)
 
 
-def _backward_triton(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    entropy: Tensor,
-    lse: Tensor,
-    temperature: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `_backward_core`."""
     from pyrlhf.kernels import linear_logprob as kernels
 
-    upstream = grad_logprob.contiguous(), grad_entropy.contiguous()
-    given = hidden.contiguous(), weight.contiguous(), targets.contiguous()
-    offset = None if bias is None else bias.contiguous()
-    return kernels.backward(*upstream, *given, offset, entropy, lse, temperature, wanted)
+    *tensors, temperature, wanted = arguments
+    return kernels.backward(*(None if x is None else x.contiguous() for x in tensors), temperature, wanted)
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------------

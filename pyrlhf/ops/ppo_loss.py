@@ -13,7 +13,6 @@ from pyrlhf.ops._core import address, core, cuda_core, queue, use_core, use_cuda
 from pyrlhf.ops._library import define, eager_function
 
 _FLOATS = (torch.float32, torch.float64)
-_BLOCK, _SUMS = 2048, 7  # of csrc/core/ppo_loss.h: ppo_block, ppo_sums
 
 
 class PPOStats(NamedTuple):
@@ -151,8 +150,9 @@ def _ppo_loss(
     if use_core(logprobs):
         core().ppo_loss(*arguments, torch.get_num_threads())
     else:
-        rows = logprobs.new_empty(_SUMS * (n // _BLOCK + 1), dtype=torch.float64)
-        cuda_core().ppo_loss(*arguments, address(rows), *queue(logprobs))
+        cuda = cuda_core()
+        rows = logprobs.new_empty(cuda.ppo_sums * -(-n // cuda.ppo_block), dtype=torch.float64)
+        cuda.ppo_loss(*arguments, address(rows), *queue(logprobs))
     return policy, value, stats, outputs[0], outputs[1]
 
 

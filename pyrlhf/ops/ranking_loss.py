@@ -12,7 +12,6 @@ from pyrlhf.ops._core import address, core, cuda_core, faults, queue, use_core, 
 from pyrlhf.ops._library import define, eager_function
 
 _FLOATS = (torch.float32, torch.float64)
-_SUMS = 3  # of csrc/core/ranking_loss.h: ranking_sums
 
 
 class RankingStats(NamedTuple):
@@ -68,7 +67,7 @@ def _ranking_loss(scores: Tensor, cu_groups: Tensor, ranks: Tensor) -> tuple[Ten
     if use_core(scores):
         core().ranking_loss(*addresses, groups, *results, torch.get_num_threads())
     else:
-        sums = scores.new_empty(_SUMS * groups, dtype=torch.float64)
+        sums = scores.new_empty(cuda_core().ranking_sums * groups, dtype=torch.float64)
         sizes, end = (groups, scores.shape[0]), (address(sums), faults(scores), *queue(scores))
         cuda_core().ranking_loss(*addresses, *sizes, *results, *end)
     by_score, loss, stats = outputs
