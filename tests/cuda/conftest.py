@@ -15,25 +15,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from pyrlhf import ops
-from pyrlhf.ops import _checks, _core
+from pyrlhf.ops import _core
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # checking.py
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))  # load.py
-sys.path.insert(0, str(Path(__file__).parent))  # norms.py
 
+import checking
 from load import load_emulated
 
 EMULATED = os.environ.get("PYRLHF_EMULATED")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents and "device" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.gpu)
+    checking.mark_as_of_a_gpu(items, Path(__file__).parent)
 
 
 @pytest.fixture(scope="session")
@@ -48,34 +43,19 @@ def emulated() -> ModuleType:
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where a test puts its tensors, so that every op takes its CUDA kernel."""
     if EMULATED:
-        pretend(request.getfixturevalue("emulated"), monkeypatch)
+        module = request.getfixturevalue("emulated")
+        served = {
+            _core.use_cuda_core: checking.for_kernels_of_a_gpu,
+            _core.cuda_core: lambda: module,
+            _core.queue: lambda t: (0, 0),
+        }
+        checking.pretend_to_be_on_cuda(monkeypatch, served)
         yield torch.device("cpu")
         return
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device; tests/test_cuda_emulated.py runs this on the emulation")
     yield torch.device("cuda")
     torch.cuda.synchronize()  # what a kernel did wrong is this test's fault
-
-
-def pretend(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def to_cuda(*tensors: Tensor | None) -> bool:
-        floats = [t for t in tensors if t is not None and t.is_floating_point()]
-        return all(t.dtype in _core.CUDA_DTYPES for t in floats)
-
-    replaced: dict[Any, Any] = {
-        _core.use_core: lambda *tensors: False,
-        _core.use_cuda_core: to_cuda,
-        _core.cuda_core: lambda: emulated,
-        _core.queue: lambda t: (0, 0),
-        _checks.values_readable: lambda t: os.environ.get("PYRLHF_CHECK") == "1" and not torch.compiler.is_compiling(),
-        _checks.float_dtypes: lambda t, reference=False: _core.CUDA_DTYPES + ((torch.float64,) if reference else ()),
-    }
-    for name, module in list(sys.modules.items()):
-        if not name.startswith("pyrlhf"):
-            continue
-        for attribute, value in list(vars(module).items()):
-            if callable(value) and getattr(value, "__hash__", None) and value in replaced:
-                monkeypatch.setattr(module, attribute, replaced[value])
 
 
 @pytest.fixture
@@ -97,13 +77,5 @@ def raised(device: torch.device) -> Any:
 @pytest.fixture
 def poison(device: torch.device) -> Iterator[None]:
     """Memory that an op allocates holds NaN (integers: the largest) until it is written."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3, device=device).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
-
-
-assert ops  # imported before `pretend` looks at its modules
+    with checking.poisoned(device):
+        yield

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import pytest
 import torch
-from checking import as_good_as, equal
+from checking import activation_in_float64, as_good_as, equal
 from torch import Tensor
 
 from pyrlhf.ops import activation, activation_ref
@@ -53,13 +52,7 @@ def test_small_values_keep_their_digits(device: torch.device, kind: str, bound: 
     """To the left the functions fall to 1e-11 and less, where a form with 1 + erf or 1 + tanh has nothing left of them. The error
     is that of rounding the exponent, which is up to 36, and of the hardware's approximations."""
     x = torch.linspace(-7, 7, 20_001)
-    wide = x.double()
-    exact = {
-        "gelu": wide * 0.5 * torch.special.erfc(-wide * math.sqrt(0.5)),
-        "gelu_new": wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)),
-        "quick_gelu": wide * torch.sigmoid(1.702 * wide),
-        "silu": wide * torch.sigmoid(wide),
-    }[kind]
+    exact = activation_in_float64(kind, x.double())
     assert ((activation(x.to(device), kind).cpu().double() - exact).abs() <= bound * exact.abs()).all()
 
 

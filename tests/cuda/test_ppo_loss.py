@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,40 +10,17 @@ import torch
 from checking import equal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ppo_cases import OPTIONS, run, tokens
 from torch import Tensor
 
-from pyrlhf.ops import PPOLoss, ppo_loss, ppo_loss_ref
+from pyrlhf.ops import ppo_loss, ppo_loss_ref
 
 # around a thread's packs of 4, its second pack (1024), and the blocks of 2048
 SIZES = [0, 1, 3, 4, 5, 1023, 1029, 2048, 2049, 6147]
-OPTIONS = [
-    {},
-    {"clip": 0.1, "value_clip": 0.05},
-    {"value_clip": None},
-    {"dual_clip": 1.5},
-    {"value_clip": None, "dual_clip": 3.0, "clip": 0.3},
-]
-
-
-def tokens(n: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = [torch.randn(n, generator=generator) for _ in range(6)]
-    x[1] = x[0] + 0.5 * torch.randn(n, generator=generator)
-    x[4] = x[3] + 0.3 * torch.randn(n, generator=generator)
-    return x
 
 
 def on(device: torch.device, inputs: list[Tensor]) -> list[Tensor]:
     return [t.to(device) for t in inputs]
-
-
-def run(function: Callable[..., PPOLoss], inputs: list[Tensor], **options: Any) -> list[Tensor]:
-    """Losses, statistics and the gradients of policy + 0.3 value by logprobs and values."""
-    leaves = [t.detach().clone().requires_grad_(i in (0, 3)) for i, t in enumerate(inputs)]
-    out = function(*leaves, **options)
-    (out.policy + 0.3 * out.value).backward()
-    assert not any(s.requires_grad for s in out.stats)
-    return [x.detach().cpu() for x in (out.policy, out.value, *out.stats, leaves[0].grad, leaves[3].grad)]
 
 
 @pytest.mark.parametrize("n", SIZES)

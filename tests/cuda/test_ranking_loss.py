@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,35 +10,13 @@ import torch
 from checking import equal, offsets
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ranking_cases import ranked, run
 from torch import Tensor
 
-from pyrlhf.ops import RankingStats, ranking_loss, ranking_loss_ref
+from pyrlhf.ops import ranking_loss, ranking_loss_ref
 
 # around a warp's 32 lanes, and the 256 answers from which on a block takes a group
 GROUPS = [[2], [9], [4, 1, 0, 9, 2, 33], [1, 1, 1], [0], [], [3] * 100, [65, 256, 257, 9], [300, 2, 31, 258]]
-
-
-def ranked(sizes: list[int], seed: int = 0, levels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    cu = offsets(sizes)
-    total = int(cu[-1])
-    return (
-        3 * torch.randn(total, generator=generator),
-        cu,
-        torch.randint(-levels, levels, (total,), generator=generator, dtype=torch.int32),
-    )
-
-
-def run(
-    function: Callable[..., tuple[Tensor, RankingStats]], scores: Tensor, cu: Tensor, ranks: Tensor
-) -> list[Tensor]:
-    """The loss, the statistics and the gradient of twice the loss."""
-    leaf = scores.detach().clone().requires_grad_()
-    loss, stats = function(leaf, cu, ranks)
-    (2 * loss).backward()
-    assert leaf.grad is not None
-    assert not any(s.requires_grad for s in stats)
-    return [x.detach().cpu() for x in (loss, *stats, leaf.grad)]
 
 
 def on(device: torch.device, tensors: tuple[Tensor, ...]) -> list[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
+from checking import PHILOX, sampled_rows
 from torch import Tensor
 
 from pyrlhf.ops import _core, sample, sample_ref, sampled_logprob
@@ -26,13 +28,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"min_p": 1.0},
     {"temperature": 1.3, "top_k": 40, "top_p": 0.8, "min_p": 0.02},
 ]
-
-
-def rows(count: int, vocab: int, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(count, vocab, generator=generator)
-    ids = torch.randint(-(2**62), 2**62, (count,), generator=generator)
-    return logits, ids, torch.randint(0, 2**40, (count,), generator=generator)
 
 
 def on_cpu(logits: Tensor, ids: Tensor, positions: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -71,7 +66,7 @@ def assert_as_on_cpu(
 def test_the_kernels_pick_the_tokens_of_the_cpu(
     device: torch.device, poison: None, raised: Any, options: dict[str, Any], vocab: int, dtype: torch.dtype
 ) -> None:
-    logits, ids, positions = rows(2, vocab)
+    logits, ids, positions = sampled_rows(2, vocab)
     assert_as_on_cpu(logits.to(dtype), ids, positions, device, **options)
 
 
@@ -80,7 +75,7 @@ def test_the_kernels_pick_the_tokens_of_the_cpu(
 def test_parts_of_a_row_and_tiles_of_a_part_are_joined(
     device: torch.device, poison: None, options: dict[str, Any], count: int, vocab: int
 ) -> None:
-    logits, ids, positions = rows(count, vocab, seed=1)
+    logits, ids, positions = sampled_rows(count, vocab, seed=1)
     logits[0] = (
         logits[0].sort().values
     )  # the largest logit rises from tile to tile, and the bins that are counted with it
@@ -98,7 +93,7 @@ def test_parts_of_a_row_and_tiles_of_a_part_are_joined(
 def test_logits_of_every_shape(device: torch.device, poison: None, options: dict[str, Any], kind: str) -> None:
     """More candidates than the list holds, ties, fewer weights than top_k, and numbers at which the estimates mean nothing."""
     vocab = 2 * TILE + 109
-    logits, ids, positions = rows(2 if kind in ("wild", "ties") else 1, vocab, seed=2)
+    logits, ids, positions = sampled_rows(2 if kind in ("wild", "ties") else 1, vocab, seed=2)
     if kind == "equal":
         logits.zero_()
     elif kind == "ties":
@@ -130,7 +125,7 @@ def test_any_filters_on_any_layout(device: torch.device, poison: None) -> None:
     for seed in range(18):
         number = torch.rand(8, generator=generator).tolist()
         vocab = int(1 + 300 ** (1.5 * number[0]))
-        logits, ids, positions = rows(3, vocab, seed, scale=(0.01, 1.0, 3.0, 30.0)[seed % 4])
+        logits, ids, positions = sampled_rows(3, vocab, seed, scale=(0.01, 1.0, 3.0, 30.0)[seed % 4])
         if seed % 3:
             logits = (logits * 8).round() / 8  # with ties
         logits[0, : vocab // 2] = -math.inf
@@ -150,7 +145,7 @@ def test_any_filters_on_any_layout(device: torch.device, poison: None) -> None:
 
 def test_top_p_that_meets_a_running_weight_exactly(device: torch.device) -> None:
     """...and top_p one step below and above that."""
-    logits, ids, positions = rows(1, 64, scale=0.0)
+    logits, ids, positions = sampled_rows(1, 64, scale=0.0)
     for p in (1 / 64, 0.25, math.nextafter(0.25, 0), math.nextafter(0.25, 1), math.nextafter(1.0, 0)):
         assert_as_on_cpu(logits, ids, positions, device, top_p=p)
         assert_as_on_cpu(logits, ids, positions, device, top_p=p, top_k=33)
@@ -171,7 +166,7 @@ def test_ties_go_to_the_lower_id(device: torch.device) -> None:
 
 
 def test_a_row_does_not_know_its_batch_nor_the_run(device: torch.device) -> None:
-    logits, ids, positions = (t.to(device) for t in rows(9, 700))
+    logits, ids, positions = (t.to(device) for t in sampled_rows(9, 700))
     options: dict[str, Any] = {"seed": 3, "temperature": 0.9, "top_p": 0.95}
     tokens, logprobs = sample(logits, ids, positions, **options)
     for _ in range(2):
@@ -188,7 +183,7 @@ def test_a_row_does_not_know_its_batch_nor_the_run(device: torch.device) -> None
 def test_bad_rows_are_skipped_and_flagged(
     device: torch.device, poison: None, raised: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    logits, ids, positions = rows(5, TILE + 100)
+    logits, ids, positions = sampled_rows(5, TILE + 100)
     expected = on_cpu(logits, ids, positions, seed=0, **options)
     moved = [t.to(device) for t in (logits, ids, positions)]
     moved[0][1, TILE + 50] = math.nan
@@ -218,7 +213,7 @@ def test_bad_rows_are_skipped_and_flagged(
 def test_the_log_prob_of_a_token_is_the_one_it_was_drawn_with(
     device: torch.device, poison: None, raised: Any, temperature: float, vocab: int, dtype: torch.dtype
 ) -> None:
-    logits, ids, positions = (t.to(device) for t in rows(4, vocab))
+    logits, ids, positions = (t.to(device) for t in sampled_rows(4, vocab))
     logits = logits.to(dtype)
     tokens, logprobs = sample(logits, ids, positions, seed=5, temperature=temperature)
     wide = torch.full((4, vocab + 3), math.nan, dtype=dtype, device=device)
@@ -232,7 +227,7 @@ def test_the_log_prob_of_a_token_is_the_one_it_was_drawn_with(
 def test_tokens_outside_the_vocabulary_are_skipped_and_flagged(
     device: torch.device, poison: None, raised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = rows(4, 9)[0].to(device)
+    logits = sampled_rows(4, 9)[0].to(device)
     tokens = torch.tensor([0, -1, 9, 8], device=device)
     logprobs = sampled_logprob(logits, tokens)
     assert "sampled_logprob: tokens must be in" in raised()
@@ -243,7 +238,7 @@ def test_tokens_outside_the_vocabulary_are_skipped_and_flagged(
 
 
 def test_other_layouts_other_floats_and_empty_batches(device: torch.device, poison: None) -> None:
-    logits, ids, positions = (t.to(device) for t in rows(8, 60))
+    logits, ids, positions = (t.to(device) for t in sampled_rows(8, 60))
     expected, _ = sample(logits, ids, positions, seed=0)
     for same in (logits.t().contiguous().t(), logits.double(), logits.repeat_interleave(2, 1)[:, ::2]):
         assert torch.equal(sample(same, ids, positions, seed=0)[0], expected)
@@ -255,25 +250,23 @@ def test_other_layouts_other_floats_and_empty_batches(device: torch.device, pois
 
 
 def test_backend_ref_runs_the_reference(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, ids, positions = rows(3, 100)
+    logits, ids, positions = sampled_rows(3, 100)
     moved = [t.to(device) for t in (logits, ids, positions)]
     options: dict[str, Any] = {"seed": 1, "top_k": 9, "top_p": 0.7}
-    assert torch.equal(sample(*moved, **options)[0].cpu(), sample_ref(logits, ids, positions, **options)[0])
+    expected = sample_ref(logits, ids, positions, **options)[0]
+    assert torch.equal(sample(*moved, **options)[0].cpu(), expected)
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    monkeypatch.setattr(sys.modules["pyrlhf.ops.sample"], "cuda_core", None)  # nothing asks for a kernel
+    assert torch.equal(sample(*moved, **options)[0].cpu(), expected)
 
 
 def test_philox_gives_the_published_answers(device: torch.device) -> None:
     """The known-answer tests of Random123 (Salmon et al.), and its agreement with the CPU's."""
     ones = 0xFFFFFFFF
     known = [
-        ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([ones] * 4, [ones] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-            [0xA4093822, 0x299F31D0],
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
+        *PHILOX,
+        *(([i, 2 * i, 3, i * i], [i, 7], module().philox4x32([i, 2 * i, 3, i * i], [i, 7])) for i in range(29)),
     ]
-    known += [([i, 2 * i, 3, i * i], [i, 7], module().philox4x32([i, 2 * i, 3, i * i], [i, 7])) for i in range(29)]
     words = torch.tensor([counter + key for counter, key, _ in known], device=device).to(torch.int64)
     words = (words - (words >> 31 << 32)).to(torch.int32)  # the same 32 bits
     drawn = torch.zeros(len(known), 4, dtype=torch.int32, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checking import same_bits
+from checking import assert_landed, same_bits
 from torch import Tensor
 
 from pyrlhf.ops import write_kv
@@ -20,16 +20,6 @@ def inputs(
     caches = [torch.full((pages, page_size, heads, dim), torch.nan, dtype=dtype) for _ in range(2)]
     slots = torch.randperm(pages * page_size, generator=generator)[:tokens]
     return [x.to(device) for x in (k, v, *caches, slots)]
-
-
-def assert_landed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Each row in its slot, NaN everywhere else."""
-    rest = torch.ones(k_cache.shape[0] * k_cache.shape[1], dtype=torch.bool, device=k.device)
-    rest[slots] = False
-    for rows, cache in ((k, k_cache), (v, v_cache)):
-        flat = cache.view(-1, *rows.shape[1:])
-        assert same_bits(flat[slots], rows)
-        assert flat[rest].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)

@@ -10,26 +10,23 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from pyrlhf import ops
-from pyrlhf.ops import _checks, _core
+from pyrlhf.ops import _core
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # checking.py
+
+import checking
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # kernels are imported at their first call
-sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))  # checking.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents and "device" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.gpu)
+    checking.mark_as_of_a_gpu(items, Path(__file__).parent)
 
 
 @pytest.fixture
@@ -40,7 +37,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         yield torch.device("cuda")
         torch.cuda.synchronize()  # what a kernel did wrong is this test's fault
         return
-    pretend(monkeypatch)
+    checking.pretend_to_be_on_cuda(monkeypatch, {_core.use_triton: checking.for_kernels_of_a_gpu})
     yield torch.device("cpu")
 
 
@@ -49,25 +46,3 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     if request.param is torch.bfloat16 and not GPU:
         pytest.skip("the interpreter has no bfloat16")
     return request.param
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
-    def to_triton(*tensors: Tensor | None) -> bool:
-        return all(t.dtype in _core.CUDA_DTYPES for t in tensors if t is not None and t.is_floating_point())
-
-    replaced: dict[Any, Any] = {
-        _core.use_core: lambda *tensors: False,
-        _core.use_cuda_core: lambda *tensors: False,
-        _core.use_triton: to_triton,
-        _checks.values_readable: lambda t: os.environ.get("PYRLHF_CHECK") == "1" and not torch.compiler.is_compiling(),
-        _checks.float_dtypes: lambda t, reference=False: _core.CUDA_DTYPES + ((torch.float64,) if reference else ()),
-    }
-    for name, module in list(sys.modules.items()):
-        if not name.startswith("pyrlhf"):
-            continue
-        for attribute, value in list(vars(module).items()):
-            if callable(value) and getattr(value, "__hash__", None) and value in replaced:
-                monkeypatch.setattr(module, attribute, replaced[value])
-
-
-assert ops  # imported before `pretend` looks at its modules

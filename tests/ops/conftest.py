@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,6 +16,7 @@ from pyrlhf.ops._core import core
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import checking
 from checking import as_good_as, equal, running_on, threads
 
 
@@ -24,15 +24,7 @@ from checking import as_good_as, equal, running_on, threads
 def values_and_grads() -> Callable[..., list[Tensor]]:
     """``f(function, inputs)`` -> its outputs, then the gradients of inputs for the same random cotangents at every call."""
 
-    def run(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        out = function(*leaves)
-        outs = list(out) if isinstance(out, tuple) else [out]
-        generator = torch.Generator().manual_seed(5)
-        torch.autograd.backward(outs, [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs])
-        return [o.detach() for o in outs] + [x.grad for x in leaves]
-
-    return run
+    return checking.values_and_grads
 
 
 @pytest.fixture
@@ -73,13 +65,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def poison() -> Iterator[None]:
     """Memory that an op allocates holds NaN (integers: the largest) until it is written."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    with checking.poisoned():
+        yield
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from checking import activation_in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -59,13 +59,7 @@ def test_small_values_keep_their_digits(isa, kind: str, bound: float) -> None:
     """To the left the functions fall to 1e-11 and less, where a form with 1 + erf or 1 + tanh has nothing left of them. The error
     is that of rounding the exponent, which is up to 36."""
     x = torch.linspace(-7, 7, 20_001)
-    wide = x.double()
-    exact = {
-        "gelu": wide * 0.5 * torch.special.erfc(-wide * math.sqrt(0.5)),
-        "gelu_new": wide * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)),
-        "quick_gelu": wide * torch.sigmoid(1.702 * wide),
-        "silu": wide * torch.sigmoid(wide),
-    }[kind]
+    exact = activation_in_float64(kind, x.double())
     assert ((activation(x, kind).double() - exact).abs() <= bound * exact.abs()).all()
 
 

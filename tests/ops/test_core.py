@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import PHILOX
 
 from pyrlhf.ops import _core
 from pyrlhf.ops._checks import check_cu_seqlens, check_number, check_tensor
@@ -17,17 +18,6 @@ from pyrlhf.ops._core import FAULTS, core, cuda_core, fault_flags, raise_faults,
 from pyrlhf.ops.sample import philox4x32_ref
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# Random123's known answers (kat_vectors): counter, key, result.
-PHILOX = [
-    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:

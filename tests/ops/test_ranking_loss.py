@@ -11,30 +11,12 @@ import torch
 from checking import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranking_cases import ranked, run
 from torch import Tensor
 
 from pyrlhf.ops import ranking_loss, ranking_loss_ref
 
 GROUPS = [[2], [9], [4, 1, 0, 9, 2, 33], [1, 1, 1], [0], [], [3] * 1000, [257, 16, 17]]
-
-
-def ranked(sizes: list[int], seed: int = 0, levels: int = 4) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    cu = torch.tensor([0, *sizes]).cumsum(0).int()
-    total = int(cu[-1])
-    return (
-        3 * torch.randn(total, generator=generator),
-        cu,
-        torch.randint(-levels, levels, (total,), generator=generator, dtype=torch.int32),
-    )
-
-
-def run(function, scores: Tensor, cu: Tensor, ranks: Tensor) -> list[Tensor]:
-    leaf = scores.detach().clone().requires_grad_()
-    loss, stats = function(leaf, cu, ranks)
-    (2 * loss).backward()
-    assert not any(s.requires_grad for s in stats)
-    return [loss.detach(), *stats, leaf.grad]
 
 
 def by_hand(scores: list[float], cu: list[int], ranks: list[int]) -> tuple[float, float, int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import equal, running_on, threads
+from checking import equal, running_on, sampled_rows, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,13 +32,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"min_p": 1.0},
     {"temperature": 1.3, "top_k": 40, "top_p": 0.8, "min_p": 0.02},
 ]
-
-
-def rows(count: int, vocab: int, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = scale * torch.randn(count, vocab, generator=generator)
-    ids = torch.randint(-(2**62), 2**62, (count,), generator=generator)
-    return logits, ids, torch.randint(0, 2**40, (count,), generator=generator)
 
 
 def kept_by_definition(
@@ -64,7 +57,7 @@ def kept_by_definition(
 def test_the_core_and_the_reference_pick_the_same_token(
     isa: str, options: dict[str, Any], vocab: int, dtype: torch.dtype
 ) -> None:
-    logits, ids, positions = rows(16, vocab)
+    logits, ids, positions = sampled_rows(16, vocab)
     logits = logits.to(dtype)
     tokens, logprobs = sample(logits, ids, positions, seed=5, **options)
     expected_tokens, expected_logprobs = sample_ref(logits, ids, positions, seed=5, **options)
@@ -77,7 +70,7 @@ def test_the_core_and_the_reference_pick_the_same_token(
 @pytest.mark.parametrize("options", OPTIONS[1:3] + OPTIONS[5:7] + OPTIONS[-1:], ids=str)
 def test_draws_follow_the_filtered_distribution(options: dict[str, Any]) -> None:
     vocab, draws = 50, 40_000
-    logits = rows(1, vocab)[0]
+    logits = sampled_rows(1, vocab)[0]
     tokens, logprobs = sample(
         logits.expand(draws, vocab), torch.arange(draws), torch.zeros(draws, dtype=torch.int64), seed=1, **options
     )
@@ -107,7 +100,7 @@ def test_different_ids_positions_and_seeds_draw_independently() -> None:
 
 
 def test_a_row_does_not_know_its_batch(isa: str) -> None:
-    logits, ids, positions = rows(33, 700)
+    logits, ids, positions = sampled_rows(33, 700)
     options = {"seed": 3, "temperature": 0.9, "top_p": 0.95}
     tokens, logprobs = sample(logits, ids, positions, **options)
     shuffled = torch.randperm(33, generator=torch.Generator().manual_seed(1))
@@ -121,7 +114,7 @@ def test_a_row_does_not_know_its_batch(isa: str) -> None:
 
 
 def test_bits_depend_neither_on_threads_nor_on_the_instruction_set_nor_on_the_run() -> None:
-    logits, ids, positions = rows(9, 1000)  # enough for more than one thread
+    logits, ids, positions = sampled_rows(9, 1000)  # enough for more than one thread
     options = {"seed": 3, "top_k": 50, "top_p": 0.9}
     first = sample(logits, ids, positions, **options)
     for isa in core().isas_available():
@@ -191,7 +184,7 @@ def test_the_token_that_crosses_top_p_is_kept(isa: str) -> None:
 def test_any_filters(
     vocab: int, seed: int, scale: float, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    logits, ids, positions = rows(4, vocab, seed, scale)
+    logits, ids, positions = sampled_rows(4, vocab, seed, scale)
     logits = (logits * 8).round() / 8  # with ties
     logits[:, seed % vocab] = 0.0
     logits[0, : vocab // 2] = -math.inf
@@ -212,7 +205,7 @@ def test_weights_are_the_exponential() -> None:
 
 
 def test_minus_infinity_is_never_drawn_and_bad_rows_are_named(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, ids, positions = rows(300, 9)
+    logits, ids, positions = sampled_rows(300, 9)
     logits[:, 2:] = -math.inf
     assert set(sample(logits, ids, positions, seed=0, temperature=100.0)[0].tolist()) == {0, 1}
     for backend in ("auto", "ref"):
@@ -225,7 +218,7 @@ def test_minus_infinity_is_never_drawn_and_bad_rows_are_named(isa: str, monkeypa
 
 
 def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, ids, positions = rows(40, 100)
+    logits, ids, positions = sampled_rows(40, 100)
     expected = sample(logits, ids, positions, seed=0)
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty_like", lambda t: torch.full_like(t, -77))
@@ -236,7 +229,7 @@ def test_every_output_is_written(isa: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_strided_logits_other_floats_and_empty_batches() -> None:
-    logits, ids, positions = rows(8, 60)
+    logits, ids, positions = sampled_rows(8, 60)
     expected = sample(logits, ids, positions, seed=0)
     wide = torch.randn(8, 100)
     wide[:, 20:80] = logits
@@ -249,14 +242,14 @@ def test_strided_logits_other_floats_and_empty_batches() -> None:
 
 
 def test_temperature_zero_gives_the_untempered_logprob(isa: str) -> None:
-    logits, ids, positions = rows(16, 333)
+    logits, ids, positions = sampled_rows(16, 333)
     tokens, logprobs = sample(logits, ids, positions, seed=0, temperature=0, top_k=3, top_p=0.5)
     assert torch.equal(tokens, logits.argmax(1))
     torch.testing.assert_close(logprobs.double(), logits.double().log_softmax(1).amax(1), rtol=1e-6, atol=1e-6)
 
 
 def test_wrong_inputs_are_named() -> None:
-    logits, ids, positions = rows(3, 5)
+    logits, ids, positions = sampled_rows(3, 5)
     bad_calls: list[tuple[type[Exception], str, tuple[Tensor, Tensor, Tensor], dict[str, Any]]] = [
         (TypeError, "logits must be float32", (logits.long(), ids, positions), {}),
         (ValueError, "logits must have shape", (logits[0], ids, positions), {}),
@@ -281,7 +274,7 @@ def test_wrong_inputs_are_named() -> None:
 
 
 def test_registration_and_compilation() -> None:
-    logits, ids, positions = rows(6, 50)
+    logits, ids, positions = sampled_rows(6, 50)
     torch.library.opcheck(torch.ops.pyrlhf.sample.default, (logits, ids, positions, 3, 0.7, 10, 0.9, 0.01))
 
     def scaled(x: Tensor, i: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,7 +292,7 @@ def test_registration_and_compilation() -> None:
 def test_the_log_prob_of_a_token_is_the_one_it_was_drawn_with(
     isa: str, temperature: float, vocab: int, dtype: torch.dtype
 ) -> None:
-    logits, ids, positions = rows(16, vocab)
+    logits, ids, positions = sampled_rows(16, vocab)
     logits = logits.to(dtype)
     tokens, logprobs = sample(logits, ids, positions, seed=5, temperature=temperature)
     wide = torch.full((16, vocab + 3), math.nan, dtype=dtype)
@@ -320,7 +313,7 @@ def test_the_log_prob_of_a_token_is_the_one_it_was_drawn_with(
 @pytest.mark.parametrize("backend", ["auto", "ref"])
 def test_what_is_wrong_with_tokens_to_score_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYRLHF_BACKEND", backend)
-    logits, _, _ = rows(3, 5)
+    logits, _, _ = sampled_rows(3, 5)
     tokens = torch.tensor([0, 4, 2])
     bad = logits.clone()
     bad[1, 4] = math.nan
@@ -339,7 +332,7 @@ def test_what_is_wrong_with_tokens_to_score_is_named(backend: str, monkeypatch: 
 
 
 def test_scoring_is_registered() -> None:
-    logits, _, _ = rows(6, 50)
+    logits, _, _ = sampled_rows(6, 50)
     tokens = torch.arange(6)
     torch.library.opcheck(torch.ops.pyrlhf.sampled_logprob.default, (logits, tokens, 0.7))
     compiled = torch.compile(lambda x, t: sampled_logprob(x * 2, t) + 1, fullgraph=True, backend="aot_eager")

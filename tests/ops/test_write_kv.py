@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checking import running_on, same_bits
+from checking import assert_landed, running_on, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -26,16 +26,6 @@ def inputs(
     k, v = (torch.randn(tokens, heads, dim, generator=generator).to(dtype) for _ in range(2))
     caches = (torch.full((pages, page_size, heads, dim), torch.nan, dtype=dtype) for _ in range(2))
     return k, v, *caches, torch.randperm(pages * page_size, generator=generator)[:tokens]
-
-
-def assert_landed(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Each row in its slot, NaN everywhere else."""
-    rest = torch.ones(k_cache.shape[0] * k_cache.shape[1], dtype=torch.bool)
-    rest[slots] = False
-    for rows, cache in ((k, k_cache), (v, v_cache)):
-        flat = cache.view(-1, *rows.shape[1:])
-        assert same_bits(flat[slots], rows)
-        assert flat[rest].isnan().all()
 
 
 @pytest.mark.parametrize("function", [write_kv, write_kv_ref])

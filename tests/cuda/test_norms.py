@@ -1,15 +1,19 @@
-"""What the tests of rms_norm and layer_norm share: both are the kernels of csrc/cuda/norm.h."""
+"""The CUDA kernels of rms_norm and layer_norm (csrc/cuda/norm.h) against torch in float64, at every way a row is spread over threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from checking import as_good_as, equal
+from checking import as_good_as, equal, values_and_grads
 from torch import Tensor
 
+from pyrlhf.ops import layer_norm, rms_norm
+
+EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Rows of a warp and of a block, in 1 to 8 packs of 16 bytes a thread, read again where they are odd or too long; with
@@ -32,6 +36,36 @@ class Norm:
     parameters: int
 
 
+def rms(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps=EPS, residual=residual)
+
+
+def torchs_rms(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    summed = x if residual is None else x + residual
+    out = torch.nn.functional.rms_norm(summed, weight.shape, weight.to(x.dtype), EPS)
+    return out if residual is None else (out, summed)
+
+
+def layer(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    return layer_norm(x, weight, bias, eps=EPS, residual=residual)
+
+
+def torchs_layer(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    summed = x if residual is None else x + residual
+    out = torch.nn.functional.layer_norm(summed, weight.shape, weight.to(x.dtype), bias.to(x.dtype), EPS)
+    return out if residual is None else (out, summed)
+
+
+NORMS = {"rms_norm": Norm(rms, torchs_rms, parameters=1), "layer_norm": Norm(layer, torchs_layer, parameters=2)}
+
+
+@pytest.fixture(params=NORMS)
+def norm(request: pytest.FixtureRequest) -> Norm:
+    return NORMS[request.param]
+
+
 def inputs(
     norm: Norm, shape: tuple[int, ...], dtype: torch.dtype, residual: bool, weight_dtype: torch.dtype | None = None
 ) -> list[Tensor]:
@@ -39,16 +73,6 @@ def inputs(
     x, *rest = ((torch.randn(shape, generator=generator) * 2).to(dtype) for _ in range(1 + residual))
     made = [torch.randn(shape[-1:], generator=generator) for _ in range(norm.parameters)]
     return [x, *(p.to(weight_dtype or dtype) for p in made), *rest]
-
-
-def values_and_grads(function: Callable[..., Any], given: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, then the gradients of all inputs, on the CPU."""
-    leaves = [x.detach().clone().requires_grad_() for x in given]
-    outs = function(*leaves)
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    generator = torch.Generator().manual_seed(5)
-    torch.autograd.backward(outs, [torch.randn(o.shape, generator=generator).to(o) for o in outs])
-    return [t.detach().cpu() for t in (*outs, *(x.grad for x in leaves))]
 
 
 def as_good_as_torch(
@@ -69,7 +93,24 @@ def as_good_as_torch(
     as_good_as(found, peers, exact, tiny=5e-6)
 
 
-def bits_do_not_depend_on_other_rows(norm: Norm, device: torch.device, dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("shape", "dtype"), EVERY_WAY, ids=str)
+def test_as_good_as_torch(
+    norm: Norm, device: torch.device, poison: None, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    as_good_as_torch(norm, device, shape, dtype)
+    if shape[-1] < 2048:
+        as_good_as_torch(norm, device, shape, dtype, residual=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [7, 64, 2048])
+def test_a_float32_weight(norm: Norm, device: torch.device, poison: None, dim: int, dtype: torch.dtype) -> None:
+    as_good_as_torch(norm, device, (11, dim), dtype, weight_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [3, 96, 1023, 2048])
+def test_bits_do_not_depend_on_other_rows(norm: Norm, device: torch.device, dim: int, dtype: torch.dtype) -> None:
     x, *parameters, residual = (t.to(device) for t in inputs(norm, (21, dim), dtype, True))
     leaf = x.clone().requires_grad_()
     every = norm.ours(leaf, *parameters, residual)
@@ -81,13 +122,15 @@ def bits_do_not_depend_on_other_rows(norm: Norm, device: torch.device, dim: int,
         assert torch.equal(torch.autograd.grad(some, part, [residual[rows], x[rows]])[0], full[rows])
 
 
-def bits_do_not_depend_on_the_run(norm: Norm, device: torch.device, dim: int) -> None:
+@pytest.mark.parametrize("dim", [3, 96, 2048])
+def test_bits_do_not_depend_on_the_run(norm: Norm, device: torch.device, dim: int) -> None:
     given = [t.to(device) for t in inputs(norm, (21, dim), torch.float32, True)]
     first = values_and_grads(norm.ours, given)
     assert all(equal(values_and_grads(norm.ours, given), first) for _ in range(4))
 
 
-def every_input_may_be_a_view(norm: Norm, device: torch.device, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_input_may_be_a_view(norm: Norm, device: torch.device, dtype: torch.dtype) -> None:
     """Not contiguous, or contiguous but not on 16 bytes."""
     given = [t.to(device) for t in inputs(norm, (6, 64), dtype, True)]
     exact = values_and_grads(norm.torchs, [t.double().cpu() for t in given])
@@ -112,7 +155,7 @@ def every_input_may_be_a_view(norm: Norm, device: torch.device, dtype: torch.dty
             as_good_as(values_and_grads(seen_through(view, which), given), peers, exact, tiny=5e-6)
 
 
-def only_the_sum_is_used(norm: Norm, device: torch.device) -> None:
+def test_only_the_sum_is_used(norm: Norm, device: torch.device) -> None:
     x, *parameters, residual = (t.to(device).requires_grad_() for t in inputs(norm, (4, 8), torch.float32, True))
     norm.ours(x, *parameters, residual)[1].sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
@@ -120,8 +163,20 @@ def only_the_sum_is_used(norm: Norm, device: torch.device) -> None:
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in parameters)
 
 
-def not_a_number_stays_in_its_row(norm: Norm, device: torch.device) -> None:
+def test_not_a_number_stays_in_its_row(norm: Norm, device: torch.device) -> None:
     for dim in (33, 64, 1600):
         x, *parameters = (t.to(device) for t in inputs(norm, (10, dim), torch.float32, False))
         x[7, 20] = torch.nan
         assert norm.ours(x, *parameters).isnan().any(1).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("dim", [5, 96, 2048])
+def test_a_mean_far_from_zero(device: torch.device, dim: int) -> None:
+    """The variance is taken around the mean: as E[x^2] - E[x]^2 nothing would be left of it. What is lost is the rounding of the
+    mean to float32."""
+    x = torch.randn(9, dim, generator=torch.Generator().manual_seed(1)) + 3000
+    weight, bias = torch.ones(dim), torch.zeros(dim)
+    exact = torch.nn.functional.layer_norm(x.double(), (dim,), eps=EPS)
+    found = layer_norm(x.to(device), weight.to(device), bias.to(device), eps=EPS)
+    deviation = x.double().std(-1, correction=0, keepdim=True)
+    assert ((found.cpu().double() - exact).abs() * deviation).max() <= 1.1 * 2**-13  # half an ulp of 3000
