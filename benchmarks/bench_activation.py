@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from common import DEVICE, Candidate, gradients, report
+from common import DEVICE, Candidate, gradients, report, report_both_directions
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,7 +43,7 @@ GELU_NEW: dict[str, Callable[[Tensor], Tensor]] = {
 def on_gpu(rows: int = 32768, size: int = 4096) -> None:
     torch.manual_seed(0)
     pairs, x, grad = (torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16) for width in (2 * size, size, size))
-    moved = x.numel() * x.element_size()
+    size_of_one = x.numel() * x.element_size()
     for case, plain, eager, leaf, arrays in (
         (f"SwiGLU, {rows} x 2 x {size}", SWIGLU, halves, pairs, (3, 8)),
         (f"gelu_new, {rows} x {size}", GELU_NEW, formula, x, (2, 5)),
@@ -52,16 +52,15 @@ def on_gpu(rows: int = 32768, size: int = 4096) -> None:
         ways["torch.compile"] = torch.compile(eager)
         some = leaf[:64].float()
         torch.testing.assert_close(plain["pyrlhf"](some), eager(some))
-        given = leaf.detach()
-        leaf.requires_grad_()
-        for what, candidates in (
-            ("forward", {k: Candidate(lambda w=way, g=given: w(g), arrays[0] * moved) for k, way in ways.items()}),
-            (
-                "forward and backward",
-                {k: Candidate(gradients(way, [leaf], [grad]), arrays[1] * moved) for k, way in ways.items()},
-            ),
-        ):
-            report("activation", f"{case}, bfloat16, {what}", candidates, ours="pyrlhf")
+        report_both_directions(
+            "activation",
+            f"{case}, bfloat16",
+            ways,
+            [leaf.requires_grad_()],
+            [grad],
+            moved=(arrays[0] * size_of_one, arrays[1] * size_of_one),
+            aims={"share_of_copy": 0.8, "torch.compile": 1.0},
+        )
 
 
 def main(size: int = 1024) -> None:

@@ -115,7 +115,7 @@ def on_gpu(tokens: int = 32768, heads: int = 32, kv_heads: int = 8, size: int = 
         f"{shape}, forward",
         {key: Candidate(lambda w=way: w(q, k), moved) for key, way in ways.items()},
         ours="pyrlhf",
-        aims={"share_of_copy": 0.8},
+        aims={"share_of_copy": 0.8, "torch.compile, rotate_half": 1.0},
         budget=5.0,
     )
     inputs = [x.detach().contiguous().requires_grad_() for x in (q, k)]
@@ -139,7 +139,7 @@ def on_gpu(tokens: int = 32768, heads: int = 32, kv_heads: int = 8, size: int = 
                 "torch.compile": Candidate(torch.compile(stored(eager)), moved),
             },
             ours="pyrlhf, one launch",
-            aims={"share_of_copy": 0.8},
+            aims={"share_of_copy": 0.8, "torch.compile": 1.0},
             budget=5.0,
         )
 

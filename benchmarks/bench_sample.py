@@ -65,6 +65,7 @@ def main() -> None:
                 "softmax, sort, multinomial": Candidate(lambda x=logits, o=options: torch_sample(x, **o), size),
             },
             ours="pyrlhf",
+            aims={"softmax, sort, multinomial": 10.0} if (rows, vocab, name) == (256, LLAMA3, "top-p 0.9") else None,
             rounds=20,
         )
 

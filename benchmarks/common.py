@@ -271,6 +271,23 @@ def report(
     return timings
 
 
+def report_both_directions(
+    op: str,
+    case: str,
+    ways: dict[str, Callable[..., Any]],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    moved: tuple[int, int],
+    aims: dict[str, float],
+) -> None:
+    """`report` of "pyrlhf" among ``ways`` twice: forward without gradients, then with them; ``moved``: the bytes of each."""
+    given = [x.detach() for x in inputs]
+    forward = {key: Candidate(functools.partial(way, *given), moved[0]) for key, way in ways.items()}
+    both = {key: Candidate(gradients(way, inputs, cotangents), moved[1]) for key, way in ways.items()}
+    for what, candidates in (("forward", forward), ("forward and backward", both)):
+        report(op, f"{case}, {what}", candidates, ours="pyrlhf", aims=aims, budget=5.0)
+
+
 def work(candidate: Candidate, limit: str) -> int:
     """What this limit counts: operations or bytes."""
     return candidate.flops if limit == GEMM else candidate.bytes

@@ -56,7 +56,7 @@ class EngineConfig:
         exact: the policy is trained by the kernels that sample, in the same order, so that both see the same log-probs bit for bit
             (CPU, ZeRO 0-2). It takes longer.
         activation_checkpointing: training keeps each layer's input only and computes the layer again for its gradient: the same bits,
-            less memory, a third more time.
+            less memory, the time of another forward.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
