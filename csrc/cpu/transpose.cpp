@@ -1,5 +1,5 @@
-// A matrix written out transposed, with the sums of its columns on the way: oneDNN multiplies fastest when both
-// operands run along the summed dimension, and a bias gradient is a column sum. W x W tiles turn in registers, by log2
+// A matrix written out transposed, with the sums of its columns on the way: oneDNN multiplies fastest when its first
+// operand runs along the summed dimension, and a bias gradient is a column sum. W x W tiles turn in registers, by log2
 // W rounds of interleaving. A thread owns whole stripes of columns and takes their rows in order, a block at a time:
 // the block is read in runs of a stripe and leaves in runs of block_rows elements, so that neither side touches memory
 // in single lines. Sums are taken over a block, then over the blocks: what is written does not depend on the number of

@@ -1,8 +1,9 @@
 """A linear layer at the CPU's full speed: torch's own float32 one runs on MKL, which leaves a third of it on some processors.
 
 Large layers go to oneDNN, which torch carries and uses for bfloat16 only: forward, gradient of x and gradient of the weight
-are all the same product ``a @ b.T``. oneDNN is fastest when a and b both run along the summed dimension, so the backward
-turns its operands over first (csrc/cpu/transpose.cpp), and the bias gradient falls out of that pass.
+are all the same product ``a @ b.T``. oneDNN takes b either way, but loses a third of its speed on an a that does not run along
+the summed dimension. So for the weight's gradient the output's is turned over first (csrc/cpu/transpose.cpp), and the bias
+gradient falls out of that pass.
 
 Products are plain float32 multiply-adds, no operand is rounded. oneDNN adds 512 or 1024 products in a row before it starts
 the next partial sum, MKL 192, a plain dot product all of them: its error lies between those two.
@@ -23,8 +24,7 @@ from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
 from pyrlhf.ops._library import define, eager_function
 from pyrlhf.ops.packed_linear import PackedWeight, packed_linear
 
-LARGE = 1 << 18  # elements of a weight from which the 15 us that a call of oneDNN costs are earned back
-MANY_ROWS = 1024  # from which turning x and the weight over, too, is earned back (float32)
+LARGE = 1 << 16  # elements of a weight from which the 15 us that a call of oneDNN costs are earned back
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -156,13 +156,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _gradients(grad: Tensor, x: Tensor | None, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight (for which x is needed) and bias; an empty tensor for each that is not wanted."""
     grad_x, grad_weight, grad_bias = (grad.new_empty(0) for _ in range(3))
-    turn = _turned if grad.dtype is torch.float32 and len(grad) >= MANY_ROWS else Tensor.t
     if wanted[0]:
-        grad_x = _product(grad, turn(weight))
+        grad_x = _product(grad, weight.t())
     if wanted[1] or wanted[2]:
         sums = grad.new_empty(weight.shape[0], dtype=torch.float32) if wanted[2] else None
         columns = _turned(grad, sums)
-        grad_weight = grad_weight if x is None else _product(columns, turn(x))
+        grad_weight = grad_weight if x is None else _product(columns, x.t())
         grad_bias = grad_bias if sums is None else sums.to(grad.dtype)
     return grad_x, grad_weight, grad_bias
 
