@@ -162,8 +162,7 @@ class _Model(nn.Module):
         token_types: Tensor | None,
     ) -> Tensor:
         attend = TokenwiseAttention if self.tokenwise else PackedAttention
-        hidden = self.trunk(tokens, positions, attend(cu_seqlens, prefix), token_types=token_types)
-        return hidden if rows is None else hidden[rows]
+        return self.trunk(tokens, positions, attend(cu_seqlens, prefix), rows=rows, token_types=token_types)
 
     @classmethod
     def from_pretrained(

@@ -157,6 +157,11 @@ def carried(value: Tensor, carrier: Tensor) -> Tensor:
     return result
 
 
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The ``rows`` int64 [N] of x [T, D], or all of it."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 class Norm(nn.Module):
     """LayerNorm or RMSNorm; with ``residual`` also the sum x + residual that it normalised."""
 
@@ -289,7 +294,8 @@ class Attention(nn.Module):
         self.rotary = Rotary(config) if config.positions == "rotary" else None
         self.output = Linear(width, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """[T, hidden_size] -> [T, hidden_size], or [N, hidden_size] for ``rows`` [N] only."""
         q, k, v = self.qkv(x).view(x.shape[0], -1, self.head_dim).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -300,7 +306,7 @@ class Attention(nn.Module):
             if self.rotary is not None:
                 q, k = self.rotary(q, k, positions)
             out = attend(self.layer, q, k, v, causal=self.causal, window=self.window, scale=self.scale)
-        return self.output(out.reshape(x.shape[0], -1))
+        return self.output(take(out.reshape(x.shape[0], -1), rows))
 
 
 class MLP(nn.Module):
@@ -329,13 +335,19 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, branch: Tensor, residual: Tensor | None, positions: Tensor, attend: Attend
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        positions: Tensor,
+        attend: Attend,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
+        """With ``rows`` [N] every token is attended to, but what follows is computed and returned for these only."""
         if self.pre:
             x, residual = self.attention_norm(branch, residual)
-            x, residual = self.mlp_norm(self.attention(x, positions, attend), residual)
+            x, residual = self.mlp_norm(self.attention(x, positions, attend, rows), take(residual, rows))
             return self.mlp(x), residual
-        x, _ = self.attention_norm(self.attention(branch, positions, attend), branch)
+        x, _ = self.attention_norm(self.attention(branch, positions, attend, rows), take(branch, rows))
         x, _ = self.mlp_norm(self.mlp(x), x)
         return x, None
 
@@ -359,16 +371,23 @@ class Transformer(nn.Module):
         self.norm = ResidualNorm(config.hidden_size, config.norm, config.norm_eps) if pre else None
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, attend: Attend, *, token_types: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        *,
+        rows: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [T, hidden_size] of tokens [T] int64 at positions [T] int64 within their sequences.
 
-        ``token_types`` int64 [T] for models that have them (zeros by default). Raises ValueError for ids or learned
-        positions out of range (CPU; on CUDA the embedding kernel asserts).
+        ``rows`` int64 [N]: the tokens whose states are wanted; the last layer computes no others, and [N, hidden_size]
+        comes back. ``token_types`` int64 [T] for models that have them (zeros by default). Raises ValueError for ids or
+        learned positions out of range (CPU; on CUDA the embedding kernel asserts).
         """
         x, residual = self.embed(tokens, positions, token_types), None
         for layer in self.layers:
-            inputs = x, residual, positions, attend
+            inputs = x, residual, positions, attend, rows if layer is self.layers[-1] else None
             if self.checkpointing and torch.is_grad_enabled():
                 # Under ZeRO 3 a weight is empty when it is saved and whole when it is used: no check of what was saved.
                 x, residual = checkpoint(

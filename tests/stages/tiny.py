@@ -19,8 +19,9 @@ from pyrlhf.model import CausalLM, ModelConfig, ScalarModel
 from pyrlhf.stages import PPOConfig, RewardConfig, SFTConfig, train_ppo, train_reward, train_sft
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "sea", "tree", "sky", "bird"]
-# AdamW's eps stays at its 1e-5: the bias of keys has no gradient but rounding's, which a smaller eps would blow up to whole steps.
-LEARNING = OptimizerConfig(lr=3e-3)
+# AdamW divides by a gradient's size + eps: where an element has next to no gradient but rounding's (the bias of keys has no
+# other), rounding moves it by lr / eps times itself. 1e-4 is far below the gradients that matter and keeps that small.
+LEARNING = OptimizerConfig(lr=3e-3, eps=1e-4)
 
 
 def text(rng: random.Random, words: int) -> str:
