@@ -19,7 +19,7 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t key_block = 64;
+constexpr int64_t key_block = 32;
 constexpr int64_t key_chunk = 512;
 constexpr int most_heads = 4;  // query heads in registers at a time
 constexpr int64_t most_dim = 256;
