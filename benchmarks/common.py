@@ -341,12 +341,13 @@ def save(op: str, case: str, rows: list[dict[str, object]], aims: dict[str, floa
 
 
 def machine() -> str:
-    """A name for this kind of machine: the GPU ("h200"), or processor, cores, best instruction set."""
+    """A name for this kind of machine: the GPU ("h200"), or processor, its family (Zen 4 is 25, Zen 5 is 26), cores, best instruction set."""
     if ON_GPU:
         words = re.findall(r"[a-z0-9]+", torch.cuda.get_device_name().lower())
         return next((w for w in words if re.fullmatch(r"[a-z]+\d+[a-z]*", w)), "-".join(words))
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    words = re.findall(r"[a-z0-9]+", (found.group(1) if found else platform.machine()).lower())
+    told = dict(re.findall(r"(model name|cpu family)\s*:\s*(.+)", text))
+    words = re.findall(r"[a-z0-9]+", told.get("model name", platform.machine()).lower())
     brand = [w for w in words if w not in ("r", "tm", "cpu", "processor", "core", "amd", "intel", "with", "ghz")][:2]
-    return "-".join([*brand, f"{os.cpu_count()}core", core().isas_available()[-1]])
+    family = [f"family{told['cpu family']}"] if "cpu family" in told else []
+    return "-".join([*brand, *family, f"{os.cpu_count()}core", core().isas_available()[-1]])
