@@ -49,6 +49,12 @@ def test_what_was_not_written_yet_is_nan(emulated: ModuleType, fault: str) -> No
         assert any(x != x for x in found), found
 
 
+def test_warps_are_not_in_step(emulated: ModuleType) -> None:
+    """Many steps after a write without a barrier, a warp that has taken none of them has not written yet."""
+    found = [any(x != x for x in emulated.plant("warps_in_step")) for _ in range(100)]
+    assert sum(found) > 50
+
+
 def test_the_seed_makes_the_order(emulated: ModuleType) -> None:
     code = "print([emulated.plant('missing_barrier') for _ in range(3)])"
     first, again, other = (in_a_process(code, seed).stdout for seed in (7, 7, 8))

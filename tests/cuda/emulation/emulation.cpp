@@ -78,18 +78,28 @@ class Block {
         for (Fiber& fiber : fibers_) begin(fiber);
         std::vector<size_t> turns(fibers_.size());
         for (size_t i = 0; i < turns.size(); ++i) turns[i] = i;
+        std::vector<bool> held((fibers_.size() + 31) / 32);  // warps that stay behind while others can go on
+        const auto hold = [&](bool some) {
+            std::generate(held.begin(), held.end(), [&] { return some && order_() % 2; });
+        };
+        hold(true);
         for (;;) {
             std::shuffle(turns.begin(), turns.end(), order_);
             bool moved = false;
             for (const size_t i : turns) {
-                if (fibers_[i].state != State::ready) continue;
+                if (fibers_[i].state != State::ready || held[i / 32]) continue;
                 moved = true;
                 resume(i);
                 if (failure_) std::rethrow_exception(failure_);
             }
             if (moved) continue;
+            if (std::find(held.begin(), held.end(), true) != held.end()) {
+                hold(false);
+                continue;
+            }
             if (all_of(State::ended)) return;
             release_barrier();
+            hold(true);
         }
     }
 

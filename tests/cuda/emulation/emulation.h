@@ -2,7 +2,8 @@
 //
 // The blocks of a grid run one after another. The threads of a block are fibers: each runs until it meets the others,
 // at a barrier, a vote, a shuffle or a matrix product, and then waits. Who goes first is shuffled anew each time by a
-// seed (PYRLHF_EMULATION_SEED), so code that needs a barrier it does not have reads what was not written yet. Shared
+// seed (PYRLHF_EMULATION_SEED), and between two barriers every other warp, by lot, stays behind until the rest can go
+// no further: code that needs a barrier it does not have reads what was not written yet, or was overwritten. Shared
 // memory is an allocation of its own, exactly as large as the launch said, and starts as NaN (integers: -1). Copies
 // with cp.async arrive when they are waited for, not before. What would hang or be undefined on a GPU (a barrier that
 // some threads never reach, lanes of one warp in different shuffles) is a std::runtime_error.

@@ -20,6 +20,7 @@ enum Plant : int {
     barrier_not_reached,
     lanes_apart,
     copy_not_waited_for,
+    warps_in_step,
 };
 
 struct Shared {
@@ -40,7 +41,11 @@ __global__ void reverse(const float* in, float* out, Plant plant) {
     if (plant == beyond_array_in_shared) shared.rest[i] = 1.0f;
     if (plant == misaligned_pack && i == 0) store_pack(out, load_pack(in + 1));
     if (plant == barrier_not_reached && i >= 64) return;
-    if (plant != missing_barrier) __syncthreads();
+    if (plant == warps_in_step) {
+        for (int step = 0; step < 8; ++step) warp_sum(1.0f);  // the lanes of a warp wait for each other, not the warps
+    } else if (plant != missing_barrier) {
+        __syncthreads();
+    }
     if (plant == lanes_apart) {
         if (i % 2) {
             warp_sum(1.0f);
@@ -56,7 +61,8 @@ __global__ void reverse(const float* in, float* out, Plant plant) {
 std::vector<float> plant(const std::string& fault) {
     static const char* const names[] = {
         "none",          "missing_barrier", "unwritten_shared",    "beyond_shared", "beyond_array_in_shared",
-        "beyond_global", "misaligned_pack", "barrier_not_reached", "lanes_apart",   "copy_not_waited_for"};
+        "beyond_global", "misaligned_pack", "barrier_not_reached", "lanes_apart",   "copy_not_waited_for",
+        "warps_in_step"};
     int which = 0;
     while (fault != names[which]) ++which;
     const std::unique_ptr<float[]> in(new float[threads]), out(new float[threads]);
