@@ -38,13 +38,13 @@ def prompts(count: int = 6, vocab: int = 500) -> list[list[int]]:
     return [torch.randint(0, vocab, (5 + 9 * i,), generator=draw).tolist() for i in range(count)]
 
 
-def make(world: World, kind: str = "gpt2", *, dtype: Any = "fp32", stage: Any = 0, exact: bool = False) -> HybridEngine:
+def make(world: World, kind: str = "gpt2", *, dtype: Any = "fp32", stage: Any = 0, **settings: Any) -> HybridEngine:
     policy = CausalLM(config(kind), seed=1)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(5.0 if "embed" in name else 3.0)
-    engine = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage, exact=exact)
+    engine = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage, **settings)
     return HybridEngine(policy, engine, OptimizerConfig(lr=1e-3), world=world)
 
 
@@ -138,12 +138,13 @@ def test_generation_reads_the_weights_of_the_moment(world: World) -> None:
     assert first.tokens.tolist() != second.tokens.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stage: int) -> None:
+def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stage: int, dtype: str) -> None:
     """They go to host memory and return between two updates; on the CPU host memory is where they were."""
     trained = []
     for moved in (False, True):
-        engine = make(world, stage=stage)
+        engine = make(world, stage=stage, dtype=dtype, offload_during_rollout=True)
         for step in range(3):
             out = engine.generate(prompts(2), Sampling(max_new_tokens=8, seed=step))
             engine.backward(-trained_view(engine, out, 1.0).mean(), last=True)

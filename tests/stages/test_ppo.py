@@ -28,6 +28,7 @@ NUMBERS = {
     *("seconds/rollout", "seconds/experience", "seconds/training", "seconds", "peak_memory_gib", "skipped_steps"),
     *("mismatch/mean", "mismatch/max", "mismatch/k3"),
     *("seconds/refresh", "seconds/prefill", "seconds/decode"),
+    *("peak_memory_gib/rollout", "peak_memory_gib/experience", "peak_memory_gib/training"),
     *("rollout/refresh_bytes", "rollout/cache_bytes", "rollout/peak_pages", "rollout/preemptions"),
 }
 
@@ -48,6 +49,8 @@ def test_every_number_is_logged_at_every_update(house: tiny.House, tmp_path: Pat
         assert line["first_approx_kl"] == pytest.approx(0.0, abs=1e-5)
         assert 0 <= line["entropy"] <= math.log(house.tokenizer.vocab_size)
         assert line["seconds/rollout"] + line["seconds/training"] <= line["seconds"]
+        peaks = [line[f"peak_memory_gib/{phase}"] for phase in ("rollout", "experience", "training")]
+        assert 0 < max(peaks) <= line["peak_memory_gib"]
     first = steps[0]  # the policy is the reference, and its critic is the reward model, before the first step
     assert first["kl"] == first["kl_k3"] == 0.0
     assert first["reward_with_kl"] == pytest.approx(first["reward"])
