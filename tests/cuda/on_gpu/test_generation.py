@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 WAYS: list[dict[str, Any]] = [
     {},
     {"max_batch": 5, "page_size": 4},
-    {"pages": 25, "page_size": 2},
+    {"pages": 40, "page_size": 2},
     {"prefill_tokens": 1, "max_batch": 3},
 ]
 DRAWN = Sampling(max_new_tokens=40, seed=2, eos_id=7, stop_ids=(11, 12), min_new_tokens=3, banned_ids=(1, 2))
@@ -116,7 +116,7 @@ def test_a_step_waits_for_nothing_and_copies_little(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(generator._Run, "decode", guarded)
     out = Generator(policy, page_size=4).generate(
-        prompts(), Sampling(max_new_tokens=24, seed=1, eos_id=-1, stop_ids=(39,))
+        prompts(), Sampling(max_new_tokens=24, seed=1, eos_id=39, banned_ids=(39,))
     )
     assert steps >= 23
     assert max(map(len, responses(out))) == 24
@@ -125,14 +125,15 @@ def test_a_step_waits_for_nothing_and_copies_little(monkeypatch: pytest.MonkeyPa
 def test_bad_logits_are_raised_and_the_generator_goes_on() -> None:
     policy = model("llama").cuda()
     with torch.no_grad():
-        policy.trunk.layers[0].mlp.down.weight.fill_(3e38)  # type: ignore[union-attr, operator]
+        for layer in (policy.trunk.layers[0].mlp.up, policy.trunk.layers[0].mlp.down):  # type: ignore[union-attr]
+            layer.weight.fill_(1e30)  # finite, as its sum is
     with pytest.raises(ValueError, match="sample: logits must be finite"):
         Generator(policy).generate(prompts(), Sampling(max_new_tokens=8))
     assert len(Generator(model("gpt2").cuda()).generate(prompts(), Sampling(max_new_tokens=8))) == 9
 
 
 @pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(pages, bytes) of every cache made in the test."""
     made: list[tuple[int, int]] = []
 
@@ -142,7 +143,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
             made.append((self.pages.count, self.bytes))
 
     monkeypatch.setattr(generator, "PagedCache", Remembered)
-    yield made
+    return made
 
 
 def test_pages_come_from_what_is_left_and_go_back(
@@ -176,18 +177,22 @@ def trained_view(policy: CausalLM, out: Rollouts) -> torch.Tensor:
     return logprobs.detach().cpu()
 
 
-@pytest.mark.parametrize(
-    ("dtype", "mean", "largest"), [(torch.float32, 1e-5, 1e-4), (torch.bfloat16, 5e-3, 0.2)], ids=str
-)
-def test_sampler_and_training_agree(dtype: torch.dtype, mean: float, largest: float) -> None:
-    """GPT-2 small's shape as a Llama, random weights."""
+def test_sampler_and_training_agree() -> None:
+    """GPT-2 small's shape as a Llama, random weights: to rounding in float32; in bfloat16 as well as two roundings of one forward can."""
     rest = {"norm": "rms", "positions": "rotary", "gated": True, "activation": "silu", "num_kv_heads": 4}
     shape = ModelConfig(vocab_size=50_257, hidden_size=768, num_layers=12, num_heads=12, max_positions=1024, **rest)
-    policy = CausalLM(shape, dtype=dtype, device="cuda")
-    out = Generator(policy).generate(prompts(16, 50_257), Sampling(max_new_tokens=64, seed=1), n=2)
+    policy = CausalLM(shape, device="cuda")
+    asked, sampling = prompts(16, 50_257), Sampling(max_new_tokens=64, seed=1)
+    out = Generator(policy).generate(asked, sampling, n=2)
     delta = (trained_view(policy, out) - out.logprobs).abs()
-    assert float(delta.mean()) <= mean
-    assert float(delta.max()) <= largest
+    assert float(delta.mean()) <= 1e-5
+    assert float(delta.max()) <= 1e-4
+    low = Generator(policy.bfloat16()).generate(asked, sampling, n=2)
+    seen = trained_view(policy, low)
+    rounding = (seen - trained_view(policy.float(), low)).abs().mean()
+    delta = (seen - low.logprobs).abs()
+    assert float(delta.mean()) <= 1.5 * float(rounding)
+    assert float(delta.max()) <= 0.2
 
 
 def test_stories260k_tells_the_same_story(shared_data: Callable[[str], Path]) -> None:
