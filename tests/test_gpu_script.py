@@ -55,12 +55,13 @@ def test_a_missed_aim_is_named(summary: ModuleType) -> None:
         },
         {"way": "torch eager", "median_ms": 17.0, "times_ours": 8.5},
     ]
-    aims = {"share_of_copy": 0.8, "torch eager": 8, "launch_us": 15, "torch.compile": 2}
+    aims = {"share_of_copy": 0.8, "torch eager": 8, "launch_us": 15, "median_ms": 1.5, "torch.compile": 2}
     line = summary.line("gae", "large", {"rows": rows, "aims": aims})
     assert line[:4] == ("gae", "large", "2", "3500 GB/s")
     assert line[4].split("; ") == [
         "share_of_copy: 0.79 (aim 0.8, MISSED)",
         "torch eager: 8.5 (aim 8)",
         "launch_us: 12 (aim 15)",
+        "median_ms: 2 (aim 1.5, MISSED)",
         "torch.compile: not measured (aim 2)",
     ]
