@@ -55,8 +55,8 @@ class DecodeWeights:
         """The policy generates from its present weights inside. They must not be written to there.
 
         Args:
-            gather: makes sharded weights whole. Each matrix is gathered once, packed and let go of; everything else stays whole
-                until the end. All ranks must enter and leave.
+            gather: makes sharded weights whole. Each matrix is gathered once, packed and let go of; everything else, and all that
+                is not packed, stays whole until the end. All ranks must enter and leave.
 
         Raises:
             ValueError: a weight holds NaN or infinity.
@@ -65,6 +65,9 @@ class DecodeWeights:
         begun = time.perf_counter()
         with contextlib.ExitStack() as stack:
             stack.callback(self._detach)
+            if not _packs(self._policy.trunk.embed.tokens.weight):
+                stack.enter_context(gather(list(self._policy.parameters())))  # adapters are folded into what generates
+                gather = whole_already
             for layer, adapter in layers:
                 stack.enter_context(_folded(layer, adapter, gather, self._pack))
             packed = {layer.weight for layer, _ in layers if layer in self._packed}
@@ -89,7 +92,7 @@ class DecodeWeights:
 
     def _pack(self, layer: Any) -> None:
         weight: Tensor = layer.weight
-        if weight.device.type != "cpu" or weight.dtype not in CORE_DTYPES:
+        if not _packs(weight):
             return
         _check_finite([weight], self._policy)
         if layer not in self._packed:
@@ -101,6 +104,11 @@ class DecodeWeights:
     def _detach(self) -> None:
         for layer in () if self._kept else self._packed:
             layer.packed = None  # type: ignore[assignment]
+
+
+def _packs(weight: Tensor) -> bool:
+    """Whether matrices such as this one are packed."""
+    return weight.device.type == "cpu" and weight.dtype in CORE_DTYPES
 
 
 def _check_finite(weights: Sequence[Tensor], policy: nn.Module) -> None:

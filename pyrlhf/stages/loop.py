@@ -118,8 +118,8 @@ def _resume(engines: Mapping[str, ZeroEngine], folder: Path, state: dict[str, An
 
 
 def peak_memory_gib() -> float:
-    """Largest memory since `forget_peak_memory`: what torch had allocated of the GPU where there is one, else what this process held."""
-    if torch.cuda.is_available():
+    """Largest memory since `forget_peak_memory`: what torch had allocated of the GPU where it is in use, else what this process held."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     status = Path("/proc/self/status")
     for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
@@ -130,7 +130,7 @@ def peak_memory_gib() -> float:
 
 def forget_peak_memory() -> None:
     """Measure anew from here. Where the system cannot (outside Linux), the largest so far stays."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         return
     with contextlib.suppress(OSError):

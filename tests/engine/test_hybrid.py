@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyrlhf.engine import EngineConfig, HybridEngine, OptimizerConfig, World, init_world
 from pyrlhf.model import CausalLM, ModelConfig
 from pyrlhf.rlhf.experience import Responses, assemble
-from pyrlhf.rollout import Generator, Rollouts, Sampling
+from pyrlhf.rollout import Generator, Rollouts, Sampling, weights
 
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -211,8 +211,12 @@ def test_lora_is_folded_in_and_out_exactly(world: World, options: dict[str, Any]
     assert out.tokens.tolist() != without.tokens.tolist()
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_lora_trains_between_rollouts(world: World, stage: Any) -> None:
+def test_lora_trains_between_rollouts(world: World, stage: Any, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is packed and the weights themselves generate, as on CUDA."""
+    if not packed:
+        monkeypatch.setattr(weights, "CORE_DTYPES", ())
     policy = with_lora()
     config = EngineConfig(device="cpu", zero_stage=stage)
     engine = HybridEngine(policy, config, OptimizerConfig(lr=1e-2), world=world)
