@@ -70,12 +70,11 @@ def make(folder: Path, config: PPOConfig, dtype: str) -> Actors:
 
 
 def ours(actors: Actors, prompts: list[list[int]], config: PPOConfig) -> Candidate:
-    """One update a run, as the stage does it; beside it the milliseconds of its phases."""
+    """One update a run, as the stage does it; beside it the milliseconds of its phases, and their memory in the first run."""
     extra: dict[str, float] = {}
     numbers = itertools.count()
 
     def run() -> None:
-        nonlocal extra
         forget_peak_memory()
         step, watch = next(numbers), Stopwatch()
         responses = respond(actors.policy, prompts, actors.sampling, first_id=step * config.batch_size)
@@ -89,8 +88,11 @@ def ours(actors: Actors, prompts: list[list[int]], config: PPOConfig) -> Candida
         watch.lap("training")
         for name, value in watch.numbers.items():
             kind, _, phase = name.partition("/")
-            extra |= {f"{phase}_ms": 1e3 * value} if kind == "seconds" else {f"{phase}_gib": value}
-        extra["peak_gib"] = max(value for name, value in extra.items() if name.endswith("_gib"))
+            if kind == "seconds":
+                extra[f"{phase}_ms"] = 1e3 * value
+            else:
+                extra.setdefault(f"{phase}_gib", value)
+        extra.setdefault("peak_gib", max(value for name, value in extra.items() if name.endswith("_gib")))
 
     return Candidate(run, extra=extra)
 

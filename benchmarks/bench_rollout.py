@@ -333,17 +333,13 @@ def first_token_ms(out: Rollouts) -> float:
 # -- on a GPU ----------------------------------------------------------------------------------------------------------------
 
 
-def with_peak(candidate: Candidate) -> Candidate:
-    """The same, with the largest memory of the last run beside it."""
-    run = candidate.run
-
-    def watched() -> object:
-        forget_peak_memory()
-        out = run()
-        candidate.extra["peak_gib"] = peak_memory_gib()
-        return out
-
-    candidate.run = watched
+def with_peak(make: Callable[[], Candidate]) -> Candidate:
+    """What ``make`` gives, and beside it the largest memory of its first run and all that it holds."""
+    held = torch.cuda.memory_allocated() / 2**30 if ON_GPU else 0.0
+    candidate = make()
+    forget_peak_memory()
+    candidate.run()
+    candidate.extra["peak_gib"] = peak_memory_gib() - held
     return candidate
 
 
@@ -351,16 +347,19 @@ def gpt(given: argparse.Namespace) -> None:
     width, layers, heads, vocabulary = (64, 2, 4, 512) if given.small else (2048, 24, 32, 50_272)
     count, length, new_tokens = (4, 16, 8) if given.small else (8, 256, 128)
     shape = ModelConfig(vocabulary, width, layers, heads, max_positions=2048, activation="relu")
-    model = with_random_weights(CausalLM(shape, dtype=torch.bfloat16, device="meta"))
     prompts = random_prompts(count, length, vocabulary)
+
+    def own() -> Candidate:
+        model = with_random_weights(CausalLM(shape, dtype=torch.bfloat16, device="meta"))
+        return ours(Generator(model, max_batch=count), prompts, all_tokens(new_tokens))
+
     candidates = {
-        "pyrlhf": ours(Generator(model, max_batch=count), prompts, all_tokens(new_tokens)),
-        "transformers": Candidate(opt(shape, prompts, new_tokens), tokens=count * new_tokens),
+        "pyrlhf": with_peak(own),
+        "transformers": with_peak(lambda: Candidate(opt(shape, prompts, new_tokens), tokens=count * new_tokens)),
     }
     case = f"OPT, width {width}, {layers} layers, bf16, {many(count)} of {length}, {new_tokens} new tokens"
-    watched = {name: with_peak(candidate) for name, candidate in candidates.items()}
     aims = {"median_ms": 180.0, "transformers": 5.0}
-    report("rollout", case, watched, "pyrlhf", aims=aims, rounds=given.rounds, budget=30.0, warm=False)
+    report("rollout", case, candidates, "pyrlhf", aims=aims, rounds=given.rounds, budget=30.0, warm=False)
 
 
 def opt(shape: ModelConfig, prompts: Prompts, new_tokens: int) -> Callable[[], object]:
@@ -391,25 +390,29 @@ def opt(shape: ModelConfig, prompts: Prompts, new_tokens: int) -> Callable[[], o
 def llama(given: argparse.Namespace) -> None:
     count, length, mean, longest = (16, 8, 16, 64) if given.small else (256, 64, 256, 1024)
     config = llama_shape(given.small)
-    model = with_random_weights(CausalLM(config, dtype=torch.bfloat16, device="meta"))
-    assert model.trunk.norm is not None
-    model.trunk.norm.weight.data.mul_(0.02)  # all tokens are about as likely, so that one in `mean` ends
     prompts = random_prompts(count, length, config.vocab_size)
     sampling = Sampling(max_new_tokens=longest, eos_id=-1, stop_ids=tuple(range(config.vocab_size // mean)))
-    way = ours(Generator(model, max_batch=count), prompts, sampling)
+
+    def own() -> Candidate:
+        model = with_random_weights(CausalLM(config, dtype=torch.bfloat16, device="meta"))
+        assert model.trunk.norm is not None
+        model.trunk.norm.weight.data.mul_(0.02)  # all tokens are about as likely, so that one in `mean` ends
+        way = ours(Generator(model, max_batch=count), prompts, sampling)
+        way.bytes = matrix_numbers(model) * 2  # of a step
+        return way
+
+    way = with_peak(own)
     out = way.run()
     lengths = out.response_lengths
     seen = int((lengths * length + lengths * (lengths - 1) // 2 - length).sum())  # keys that all steps look back on
-    key_value_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
-    way.bytes = out.timings.steps * matrix_numbers(model) * 2 + seen * key_value_bytes
-    way.tokens = int(lengths.sum())
-    way.extra["steps"] = out.timings.steps
+    way.bytes = out.timings.steps * way.bytes + seen * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    way.tokens, way.extra["steps"] = int(lengths.sum()), out.timings.steps
     case = (
         f"Llama, width {config.hidden_size}, {config.num_layers} layers, bf16, {many(count)} of {length}, "
         f"{float(lengths.float().mean()):.0f} new tokens of 1-{longest}"
     )
     aims = {"share_of_copy": 0.6}
-    report("rollout", case, {"pyrlhf": with_peak(way)}, "pyrlhf", aims=aims, rounds=given.rounds, warm=False)
+    report("rollout", case, {"pyrlhf": way}, "pyrlhf", aims=aims, rounds=given.rounds, warm=False)
 
 
 def agreement(given: argparse.Namespace) -> None:

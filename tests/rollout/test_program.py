@@ -115,19 +115,6 @@ def test_buckets_on_cuda_are_few() -> None:
     assert all(generator._bucket(rows, torch.device("cuda")) >= rows for rows in range(1, 300))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kind", list(CONFIGS))
-def test_generation_by_cuda_graphs_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = model(kind, torch.float32).cuda()
-    sampling = Sampling(max_new_tokens=24, temperature=0.0)
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
-    captured = Generator(policy, page_size=4).generate(prompts, sampling)
-    monkeypatch.setattr(generator, "_STEPS_ALIKE", 10**9)
-    eager = Generator(policy, page_size=4).generate(prompts, sampling)
-    assert captured.tokens.tolist() == eager.tokens.tolist()
-    torch.testing.assert_close(captured.logprobs, eager.logprobs, rtol=1e-4, atol=1e-4)
-
-
 def test_few_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "_PROGRAMS", 2)
     monkeypatch.setattr(generator, "_STEPS_ALIKE", 1)

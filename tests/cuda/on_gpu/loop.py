@@ -73,6 +73,16 @@ def state_dtypes(engine: HybridEngine) -> set[torch.dtype]:
     return {t.dtype for t in [*masters, *moments]}
 
 
+def offloading_frees(engine: HybridEngine) -> bool:
+    """Whether the GPU gets 12 bytes a weight back, but for what the allocator rounds."""
+    numbers = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    before = torch.cuda.memory_allocated() if engine.device.type == "cuda" else 0
+    engine.offload_states()
+    freed = before - torch.cuda.memory_allocated() if engine.device.type == "cuda" else 12 * numbers
+    engine.reload_states()
+    return freed >= 0.9 * 12 * numbers
+
+
 def one_engine(house: tiny.House, folder: Path, **engine: Any) -> dict[str, Any]:
     """What an engine of this ZeRO stage holds, and what leaves its weights the same bits."""
     plain = make(house, **engine)
@@ -94,6 +104,8 @@ def one_engine(house: tiny.House, folder: Path, **engine: Any) -> dict[str, Any]
     for way, settings in ways.items():
         other = make(house, **engine, **settings)
         found[way] = same(trained(other, range(4)), weights)
+        if way == "offloaded":
+            found["offloading frees memory"] = offloading_frees(other)
         other.close()
     return found
 
