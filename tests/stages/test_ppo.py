@@ -271,6 +271,30 @@ def test_gradients_of_both_models_are_those_of_the_whole_loss(settings: dict[str
     torch.testing.assert_close(dvalues.double(), values.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_the_critic_runs_when_the_policy_s_activations_are_gone(
+    house: tiny.House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training only one of the two models holds what its backward needs."""
+    events: list[tuple[str, str]] = []
+    run_forward, run_backward = ZeroEngine.__call__, ZeroEngine.backward
+
+    def forward(engine: ZeroEngine, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and engine.trains:
+            events.append((type(engine.module).__name__, "forward"))
+        return run_forward(engine, *args, **kwargs)
+
+    def backward(engine: ZeroEngine, loss: torch.Tensor, *, last: bool) -> None:
+        events.append((type(engine.module).__name__, "backward"))
+        run_backward(engine, loss, last=last)
+
+    monkeypatch.setattr(ZeroEngine, "__call__", forward)
+    monkeypatch.setattr(ZeroEngine, "backward", backward)
+    run(house, tmp_path, updates=1, tokens_per_microbatch=40)
+    cycle = [(model, way) for model in ("CausalLM", "ScalarModel") for way in ("forward", "backward")]
+    assert len(events) > 4
+    assert events == cycle * (len(events) // 4)
+
+
 def test_minibatches_hold_every_response_once() -> None:
     responses = Responses([[1, 2 + i] for i in range(7)], [1] * 7, ["eos"] * 7, [torch.zeros(1)] * 7)
     whole = assemble(responses, torch.arange(7.0))
