@@ -240,7 +240,8 @@ def backward_ppo(
 ) -> dict[str, float]:
     """Accumulate the gradients of one minibatch in policy and critic, micro-batch by micro-batch; returns its statistics.
 
-    Neither loss needs the other model's outputs, so the critic runs when the policy's activations are gone. `last` says that no other gradient of the policy follows before its step.
+    Neither loss needs the other model's outputs, so the critic runs when the policy's activations are gone. `last` says that no
+    other gradient of the policy follows before its step.
     """
     world = actors.world
     plan = share_by_tokens(minibatch.lengths, actors.budget, rank=world.rank, world_size=world.size)

@@ -12,6 +12,7 @@ import torch
 from pyrlhf.model import CausalLM, ModelConfig
 from pyrlhf.rlhf.experience import Responses, assemble
 from pyrlhf.rollout import Generator, PagedCache, Rollouts, Sampling, generator, program
+from pyrlhf.rollout.scheduler import Pages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -133,21 +134,21 @@ def test_bad_logits_are_raised_and_the_generator_goes_on() -> None:
 
 
 @pytest.fixture
-def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(pages, bytes) of every cache made in the test."""
-    made: list[tuple[int, int]] = []
+def caches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Pages, int]]:
+    """(pages, bytes) of every cache made in the test; the caches themselves must be free to go."""
+    made: list[tuple[Pages, int]] = []
 
     class Remembered(PagedCache):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            made.append((self.pages.count, self.bytes))
+            made.append((self.pages, self.bytes))
 
     monkeypatch.setattr(generator, "PagedCache", Remembered)
     return made
 
 
 def test_pages_come_from_what_is_left_and_go_back(
-    caches: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    caches: list[tuple[Pages, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A call that could use more takes what there is, draws the same samples in it, and keeps nothing."""
     policy, asked, sampling = model("llama").cuda(), prompts(), Sampling(max_new_tokens=40, seed=1)
@@ -162,7 +163,8 @@ def test_pages_come_from_what_is_left_and_go_back(
     monkeypatch.setattr(generator, "_free_gpu_memory", lambda device: (beside + (1 << 20)) * 10 // 9 + 1)
     out = scarce.generate(asked, sampling, n=20)
     assert caches[-1][1] < (1 << 20) + (1 << 14) < caches[0][1]  # the spare page included
-    assert out.timings.peak_pages <= caches[-1][0]
+    assert out.timings.peak_pages <= caches[-1][0].count
+    assert all(pages.free == pages.count for pages, _ in caches)
     assert responses(out) == responses(plain)
     stream = scarce.stream(asked, sampling)
     next(stream)
