@@ -182,7 +182,10 @@ class Generator:
         hidden = tokens * (6 * config.hidden_size + 2 * heads + inner) * dtype.itemsize
         rows = min(self.max_batch, len(samples))
         # logits of every prompt of a prefill, a copy to draw from, and what the draw writes to on its way
-        return hidden + rows * config.vocab_size * (2 * dtype.itemsize + 12) + _LIBRARIES
+        logits = rows * config.vocab_size * (2 * dtype.itemsize + 12)
+        # weights that ZeRO 3 has elsewhere as yet
+        absent = sum(getattr(p, "ds_numel", p.numel()) - p.numel() for p in self.policy.parameters()) * dtype.itemsize
+        return hidden + logits + absent + _LIBRARIES
 
     def take_cache(self, pages: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
         """A cache of `pages` pages, all free: the one of the call before where it serves, as fresh memory is slow to touch."""

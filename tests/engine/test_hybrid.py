@@ -157,6 +157,21 @@ def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stag
     assert all(torch.equal(trained[0][name], weight) for name, weight in trained[1].items())
 
 
+def test_the_cache_leaves_room_for_weights_that_are_yet_to_be_gathered(world: World) -> None:
+    """So that every rank finds before it begins whether a sample fits."""
+    room = []
+    for stage in (0, 3):
+        engine = make(world, stage=stage)
+        generator = engine._generator
+        samples = generator.samples(prompts(), Sampling(max_new_tokens=8), 1)
+        room.append(generator._step_bytes(samples, torch.float32))
+        with engine._whole(list(engine.module.parameters())):
+            room.append(generator._step_bytes(samples, torch.float32))
+        engine.close()
+    assert room[0] == room[1] == room[3]
+    assert room[2] == room[3] + 4 * sum(p.numel() for p in CausalLM(config()).parameters())
+
+
 def test_what_it_tells(world: World) -> None:
     engine = make(world)
     engine.generate(prompts(), Sampling(max_new_tokens=8))

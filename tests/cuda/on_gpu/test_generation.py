@@ -199,6 +199,17 @@ def test_sampler_and_training_agree() -> None:
     assert float(delta.max()) <= 0.2
 
 
+def test_tokens_are_drawn_from_float32_logits() -> None:
+    policy = model("llama").to("cuda", torch.bfloat16)
+    hidden = torch.randn(5, 32, device="cuda").bfloat16()
+    assert policy.logits(hidden).dtype == torch.bfloat16
+    with torch.no_grad():
+        logits = policy.logits(hidden)
+    assert logits.dtype == torch.float32
+    exact = hidden.double() @ policy.head.weight.double().t()
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-4)
+
+
 def test_stories260k_tells_the_same_story(shared_data: Callable[[str], Path]) -> None:
     policy = CausalLM.from_pretrained(shared_data("stories260k"))
     sampling = Sampling(max_new_tokens=120, temperature=0.0)
