@@ -195,9 +195,8 @@ def evaluate_language_model(engine: ZeroEngine, data: Sequences, budget: int) ->
 
 
 def _loss(forward: Forward, examples: Sequences, weight: float, device: torch.device) -> torch.Tensor:
-    packed = pack(examples.tokens).to(device)
-    prompt_lengths = torch.tensor(examples.prompt_lengths, device=device)
-    return language_model_loss(forward, packed, prompt_lengths, weight)
+    prompt_lengths = torch.tensor(examples.prompt_lengths)
+    return language_model_loss(forward, pack(examples.tokens), prompt_lengths, weight, device=device)
 
 
 def perplexity(loss: float) -> float:
