@@ -2,6 +2,7 @@
 
     python bench_rollout.py [throughput | decode | stories | continuous | shared | exact ...] [--prompts N ...] [--new-tokens N]
         [--dtypes bf16 fp32] [--max-batch N] [--longest N] [--rounds N]
+    python bench_rollout.py [gpt | llama | agreement ...] [--small]     # on a GPU
 
 Random weights made on the spot; transformers and CTranslate2 read the same files. Every response has all its tokens (no
 end-of-sequence token) except in "continuous". Tokens are drawn from the whole distribution at temperature 1. transformers
@@ -22,6 +23,15 @@ continuous  64 prompts, response lengths geometric with mean 64, at most 256: GP
 shared      8 samples of one 512-token prompt against 8 prompts of that length: the first token after a third of the time,
             a quarter of the pages at most.
 exact       what training by the sampler's kernels costs, and how far the log-probs of the two are apart with and without.
+
+On a GPU, models of a billion random weights, bfloat16, everything in one run (--small: tiny models of the same kind, anywhere):
+
+gpt         OPT-1.3B's shape, 8 prompts of 256, 128 new tokens. Aims: 180 ms (DeepSpeed reports 360.8 ms on an H100 for its hybrid
+            engine with CUDA graphs, its pull request 8271), 5 times transformers.
+llama       Llama 3.2 1B's shape, 256 prompts of 64, response lengths geometric with mean 256, at most 1024: one token in 256 ends.
+            Aim: the bytes of weights and of keys and values that its steps read pass at 60 % of the copy speed, prompts included.
+agreement   how far the sampler's log-probs are from those of training's forward, 32 prompts of 64, 128 new tokens. Aim: 5e-3 nats on
+            the mean. Beside it how far training's forward in bfloat16 is from that in float32, which is what rounding does.
 """
 
 from __future__ import annotations
@@ -34,16 +44,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import GEMM, READ, Candidate, NotMeasured, best_gemm, in_own_process, in_peers, memory_read, report, save
+from common import (
+    DEVICE,
+    GEMM,
+    ON_GPU,
+    READ,
+    Candidate,
+    NotMeasured,
+    best_gemm,
+    in_own_process,
+    in_peers,
+    llama_shape,
+    memory_read,
+    report,
+    save,
+    with_random_weights,
+)
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.utils import logging
 
 from pyrlhf import CausalLM, EngineConfig, HybridEngine, ModelConfig
 from pyrlhf.engine import OptimizerConfig
 from pyrlhf.rlhf.experience import Experience, Responses, assemble
 from pyrlhf.rollout import Generator, Rollouts, Sampling
+from pyrlhf.stages.loop import forget_peak_memory, peak_memory_gib
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260k"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -304,11 +330,131 @@ def first_token_ms(out: Rollouts) -> float:
     return 1e3 * out.timings.first_token_seconds
 
 
-CASES = {case.__name__: case for case in (throughput, decode, stories, continuous, shared, exact)}
+# -- on a GPU ----------------------------------------------------------------------------------------------------------------
+
+
+def with_peak(make: Callable[[], Candidate]) -> Candidate:
+    """What ``make`` gives, and beside it the largest memory of its first run and all that it holds."""
+    held = torch.cuda.memory_allocated() / 2**30 if ON_GPU else 0.0
+    candidate = make()
+    forget_peak_memory()
+    candidate.run()
+    candidate.extra["peak_gib"] = peak_memory_gib() - held
+    return candidate
+
+
+def gpt(given: argparse.Namespace) -> None:
+    width, layers, heads, vocabulary = (64, 2, 4, 512) if given.small else (2048, 24, 32, 50_272)
+    count, length, new_tokens = (4, 16, 8) if given.small else (8, 256, 128)
+    shape = ModelConfig(vocabulary, width, layers, heads, max_positions=2048, activation="relu")
+    prompts = random_prompts(count, length, vocabulary)
+
+    def own() -> Candidate:
+        model = with_random_weights(CausalLM(shape, dtype=torch.bfloat16, device="meta"))
+        return ours(Generator(model, max_batch=count), prompts, all_tokens(new_tokens))
+
+    candidates = {
+        "pyrlhf": with_peak(own),
+        "transformers": with_peak(lambda: Candidate(opt(shape, prompts, new_tokens), tokens=count * new_tokens)),
+    }
+    case = f"OPT, width {width}, {layers} layers, bf16, {many(count)} of {length}, {new_tokens} new tokens"
+    aims = {"median_ms": 180.0, "transformers": 5.0}
+    report("rollout", case, candidates, "pyrlhf", aims=aims, rounds=given.rounds, budget=30.0, warm=False)
+
+
+def opt(shape: ModelConfig, prompts: Prompts, new_tokens: int) -> Callable[[], object]:
+    """transformers' OPT of this shape, its weights random."""
+    config = OPTConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        word_embed_proj_dim=shape.hidden_size,
+        ffn_dim=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        max_position_embeddings=shape.max_positions,
+    )
+    with torch.device(DEVICE):
+        model = OPTForCausalLM(config).to(torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    tokens = torch.tensor(prompts, device=DEVICE)
+    how = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": new_tokens}
+
+    def run() -> None:
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, **how)
+        if out.shape[1] != tokens.shape[1] + new_tokens:
+            raise RuntimeError(f"expected {new_tokens} new tokens, found {out.shape[1] - tokens.shape[1]}")
+
+    return run
+
+
+def llama(given: argparse.Namespace) -> None:
+    count, length, mean, longest = (16, 8, 16, 64) if given.small else (256, 64, 256, 1024)
+    config = llama_shape(given.small)
+    prompts = random_prompts(count, length, config.vocab_size)
+    sampling = Sampling(max_new_tokens=longest, eos_id=-1, stop_ids=tuple(range(config.vocab_size // mean)))
+
+    def own() -> Candidate:
+        model = with_random_weights(CausalLM(config, dtype=torch.bfloat16, device="meta"))
+        assert model.trunk.norm is not None
+        model.trunk.norm.weight.data.mul_(0.02)  # all tokens are about as likely, so that one in `mean` ends
+        way = ours(Generator(model, max_batch=count), prompts, sampling)
+        way.bytes = matrix_numbers(model) * 2  # of a step
+        return way
+
+    way = with_peak(own)
+    out = way.run()
+    lengths = out.response_lengths
+    seen = int((lengths * length + lengths * (lengths - 1) // 2 - length).sum())  # keys that all steps look back on
+    way.bytes = out.timings.steps * way.bytes + seen * 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2
+    way.tokens, way.extra["steps"] = int(lengths.sum()), out.timings.steps
+    case = (
+        f"Llama, width {config.hidden_size}, {config.num_layers} layers, bf16, {many(count)} of {length}, "
+        f"{float(lengths.float().mean()):.0f} new tokens of 1-{longest}"
+    )
+    aims = {"share_of_copy": 0.6}
+    report("rollout", case, {"pyrlhf": way}, "pyrlhf", aims=aims, rounds=given.rounds, warm=False)
+
+
+def agreement(given: argparse.Namespace) -> None:
+    count, length, new_tokens = (4, 8, 16) if given.small else (32, 64, 128)
+    config = llama_shape(given.small)
+    model = with_random_weights(CausalLM(config, dtype=torch.bfloat16, device="meta"))
+    generator = Generator(model, max_batch=count)
+    out = generator.generate(random_prompts(count, length, config.vocab_size), all_tokens(new_tokens))
+    e = assemble(Responses.of(out), torch.zeros(count)).to(DEVICE)
+
+    def trained_view() -> torch.Tensor:
+        logprobs, _ = model(e.tokens, e.positions, e.cu_seqlens, rows=e.rows, targets=e.targets)
+        return logprobs.detach()
+
+    seen = trained_view()
+    delta, apart = (seen.cpu() - out.logprobs).abs(), {}
+    apart["mean_micronats"], apart["max_micronats"] = 1e6 * float(delta.mean()), 1e6 * float(delta.max())
+    rounding = (seen - trained_view_in_float32(model, trained_view)).abs().mean()
+    apart["rounding_micronats"] = 1e6 * float(rounding)
+    case = f"Llama, width {config.hidden_size}, bf16, {count} x {length} + {new_tokens} tokens, training's forward"
+    way = Candidate(trained_view, extra=apart, tokens=len(e.tokens))
+    report("rollout", case, {"pyrlhf": way}, "pyrlhf", aims={"mean_micronats": 5e3}, rounds=given.rounds)
+
+
+def trained_view_in_float32(model: CausalLM, view: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The same by the same weights with float32 in between."""
+    model.float()
+    try:
+        with torch.no_grad():
+            return view()
+    finally:
+        model.bfloat16()
+
+
+ANYWHERE = (throughput, decode, stories, continuous, shared, exact)
+FOR_A_GPU = (gpt, llama, agreement)
+CASES = {case.__name__: case for case in (*ANYWHERE, *FOR_A_GPU)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("cases", nargs="*", default=list(CASES), help=" ".join(CASES))
+    usual = [case.__name__ for case in (FOR_A_GPU if ON_GPU else ANYWHERE)]
+    parser.add_argument("cases", nargs="*", default=usual, help=" ".join(CASES))
     parser.add_argument(
         "--prompts", type=int, nargs="+", default=[16, 1], help="numbers of prompts in throughput, decode"
     )
@@ -316,7 +462,8 @@ if __name__ == "__main__":
     parser.add_argument("--new-tokens", type=int, default=64, help="at least 2; in throughput, decode, shared")
     parser.add_argument("--max-batch", type=int, default=16, help="sequences decoded together in continuous")
     parser.add_argument("--longest", type=int, default=256, help="longest response in continuous")
-    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
+    parser.add_argument("--rounds", type=int, default=3 if ON_GPU else 5, help="at least 2")
+    parser.add_argument("--small", action="store_true", help="tiny models in gpt, llama and agreement")
     given = parser.parse_args()
     for name in given.cases:
         CASES[name](given)

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -30,9 +30,11 @@ from rich.table import Table
 from torch import Tensor
 
 from pyrlhf.engine import keep_freed_memory
+from pyrlhf.model import CausalLM, ModelConfig, ScalarModel
 from pyrlhf.ops import linear
 from pyrlhf.ops._core import core
 
+_Model = TypeVar("_Model", CausalLM, ScalarModel)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -243,6 +245,34 @@ def best_gemm(dtype: torch.dtype, times: int = 1) -> Candidate:
     return Candidate(run, flops=times * 2 * rows * rows * inner)
 
 
+def llama_shape(small: bool) -> ModelConfig:
+    """Llama 3.2 1B's, or a tiny one to try a benchmark on."""
+    own = {"rope_scaling": None, "bos_id": None, "eos_id": None, "extra_eos_ids": ()}
+    if small:
+        own |= {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+        own |= {"vocab_size": 1024, "intermediate_size": 128}
+    return ModelConfig.preset("llama-3.2-1b", **own)
+
+
+@torch.no_grad()
+def with_random_weights(model: _Model) -> _Model:
+    """A pyrlhf model made on the meta device, with weights as its own initialisation makes them, but drawn where everything runs.
+
+    That one draws on the CPU, which takes a model of a billion weights 10 s.
+    """
+    model._materialise(DEVICE)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            last = name.endswith(("attention.output.weight", "mlp.down.weight"))
+            weight.normal_(0.0, 0.02 / (2 * model.config.num_layers) ** 0.5 if last else 0.02)
+        else:
+            weight.fill_(float("norm" in name and not name.endswith("bias")))
+    if isinstance(model, ScalarModel):
+        model.head.gain.fill_(1.0)
+        model.head.shift.fill_(0.0)
+    return model
+
+
 def report(
     op: str,
     case: str,
@@ -257,7 +287,8 @@ def report(
 
     Where a candidate is named GEMM (see `best_gemm`), every rate of operations is also given as a share of its rate.
     ``absent``: candidates that cannot be measured here, and why. ``aims``: what ours should reach, for summary.py: another
-    way's name -> so many times its speed; "share_of_copy" (or another column of ours) -> at least that; "launch_us" -> at most.
+    way's name -> so many times its speed; "share_of_copy" (or another column of ours) -> at least that; "launch_us" or a column that
+    ends in another unit of `AT_MOST` in summary.py -> at most that.
     """
     timings = measure(candidates, **options)  # type: ignore[arg-type]
     every = {**candidates, COPY: memory_copy()}

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+AT_MOST = ("_us", "_ms", "_micronats")  # units of which less is better
+
 
 def found(aim: str, ours: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
     """The figure that this aim is about: a column of ours, or how many times as long another way takes."""
@@ -21,7 +23,7 @@ def found(aim: str, ours: dict[str, Any], rows: list[dict[str, Any]]) -> float |
 def judged(aim: str, wanted: float, value: float | None) -> str:
     if value is None:
         return f"{aim}: not measured (aim {wanted:g})"
-    met = value <= wanted if aim.endswith("_us") else value >= wanted
+    met = value <= wanted if aim.endswith(AT_MOST) else value >= wanted
     return f"{aim}: {value:g} (aim {wanted:g}{'' if met else ', MISSED'})"
 
 

@@ -76,8 +76,8 @@ class HybridEngine(ZeroEngine):
 
         A request that is wrong on one rank raises ValueError on all of them.
         """
-        self._agree(lambda: self._generator.check(prompts, sampling, n, sample_ids))
         with self._states_offloaded(), self.unhooked():
+            self._agree(lambda: self._generator.check(prompts, sampling, n, sample_ids))
             rollouts = self._generator.generate(
                 prompts, sampling, n, sample_ids, on_finish=on_finish, progress=progress
             )

@@ -659,6 +659,8 @@ def _deepspeed_settings(config: EngineConfig, optimizer: OptimizerConfig | None,
     if config.dtype == "bf16" and stage == 0 and optimizer is not None:
         # Stage 0 would accumulate gradients in bfloat16. Stage 1 does the same arithmetic with float32 gradients and masters.
         stage = 1
+    if config.dtype == "bf16" and stage == 1 and config.offload_during_rollout:
+        stage = 2  # DeepSpeed cannot move the states of stage 1 in bfloat16; stage 2 shards gradients besides
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": config.device_type == "cuda",

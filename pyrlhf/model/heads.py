@@ -35,7 +35,7 @@ _LOGITS = 1 << 23  # logits that exist at a time where log-probs must be the sam
 class LMHead(nn.Module):
     """The output matrix (the token embedding itself when tied), with BERT's transform before it where configured.
 
-    While it holds a packed copy of the matrix it multiplies by that, into float32 logits, as `Linear` does.
+    While it holds a packed copy of the matrix it multiplies by that, as `Linear` does. Logits that tokens are drawn from are float32.
     """
 
     packed: ops.PackedWeight | None = None
@@ -61,9 +61,13 @@ class LMHead(nn.Module):
         return logprobs, entropy
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if self.packed is None:
-            return ops.linear(hidden, self.weight, self.bias)
-        return ops.packed_linear(hidden.float(), self.packed, self.bias)
+        if self.packed is not None:
+            return ops.packed_linear(hidden.float(), self.packed, self.bias)
+        if hidden.is_cuda and hidden.dtype != torch.float32 and not torch.is_grad_enabled():
+            # Logits rounded to 8 bits would put the sampler's log-probs a thousandth off training's.
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            return logits if self.bias is None else logits.add_(self.bias)
+        return ops.linear(hidden, self.weight, self.bias)
 
     def _sampled_logprobs(self, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
         """The log-probs that `ops.sample` would have given these targets, bit for bit; some rows' logits at a time."""
@@ -250,7 +254,7 @@ class CausalLM(_Model):
         return self.trunk(tokens, positions, attend)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, hidden_size] -> [T, vocab_size], in hidden's dtype, or float32 while the head is packed."""
+        """[T, hidden_size] -> [T, vocab_size], in hidden's dtype; float32 while the head is packed, and on CUDA without gradients."""
         return self.head(hidden)
 
 

@@ -63,8 +63,14 @@ class _Recorded:
 
 
 def _must(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    if function(*arguments) is False:
+    """Repeat a call whose result says whether it could be done: False without memory, the number of a bad row (-1: none) in `sample`."""
+    result = function(*arguments)
+    if result is False:
         raise MemoryError("a kernel's scratch memory could not be allocated; free some memory")
+    if type(result) is int and result >= 0:
+        raise ValueError(
+            f"sample: logits must be finite or -inf with one finite entry a row, row {result} holds something else"
+        )
 
 
 @functools.cache

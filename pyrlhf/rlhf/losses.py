@@ -47,7 +47,14 @@ def response_rows(cu_seqlens: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, T
     return rows, cu_responses.int()
 
 
-def language_model_loss(forward: Forward, batch: PackedBatch, prompt_lengths: Tensor, weight: float) -> Tensor:
+def language_model_loss(
+    forward: Forward,
+    batch: PackedBatch,
+    prompt_lengths: Tensor,
+    weight: float,
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
     """Next-token loss on response tokens, summed and multiplied by `weight` (usually 1 / tokens of the whole minibatch).
 
     Args:
@@ -55,11 +62,14 @@ def language_model_loss(forward: Forward, batch: PackedBatch, prompt_lengths: Te
         batch: packed sequences.
         prompt_lengths: int [S]; the tokens before are context only.
         weight: factor of every token; 0 for a micro-batch that only keeps ranks in step.
+        device: where the model is, if the batch is still on the host: there the number of rows can be asked for without a wait.
 
     Returns:
         0-d float32 with gradient.
     """
     rows, _ = response_rows(batch.cu_seqlens, prompt_lengths)
+    if device is not None:
+        batch, rows = batch.to(device), rows.to(device)
     targets = batch.tokens[rows + 1]
     logprobs, _ = forward(batch.tokens, batch.positions, batch.cu_seqlens, rows=rows, targets=targets)
     return -weight * logprobs.sum()

@@ -7,7 +7,7 @@ its pages in order, so token t lives in slot `table[t // page_size] * page_size 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from pyrlhf.model import ModelConfig
 
 
+def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of these numbers on the device, without waiting for what the device is doing."""
+    pinned = device.type == "cuda" and len(values) > 0
+    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+
+
 class PagedCache:
     """Keys and values of many sequences.
 
@@ -33,15 +39,16 @@ class PagedCache:
         dtype, device: those of the model.
 
     Attributes:
-        k, v: [layers, pages, page_size, num_kv_heads, head_dim]; keys are stored after rotary.
+        k, v: [layers, pages + 1, page_size, num_kv_heads, head_dim]; keys are stored after rotary.
         pages: which of them are in use.
+        spare: number of the last page, which is no sequence's: rows that only fill a batch up write and read there.
     """
 
     def __init__(
         self, config: ModelConfig, pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.pages = Pages(pages, page_size)
-        shape = (config.num_layers, pages, page_size, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, pages + 1, page_size, config.num_kv_heads, config.head_dim)
         self.k, self.v = (streamed(shape, dtype, device) for _ in range(2))
 
     @staticmethod
@@ -50,18 +57,22 @@ class PagedCache:
         return 2 * config.num_layers * page_size * config.num_kv_heads * config.head_dim * dtype.itemsize
 
     @property
+    def spare(self) -> int:
+        return self.k.shape[1] - 1
+
+    @property
     def bytes(self) -> int:
         return 2 * self.k.numel() * self.k.element_size()
 
     def serves(self, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether it could be a cache of so many pages of this kind."""
-        fits = pages <= self.k.shape[1] and page_size == self.k.shape[2]
+        fits = pages <= self.spare and page_size == self.k.shape[2]
         return fits and dtype == self.k.dtype and device == self.k.device
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to); no page is both."""
         if pairs:
-            source, target = (torch.tensor(pages, device=self.k.device) for pages in zip(*pairs, strict=True))
+            source, target = (sent(pages, torch.int64, self.k.device) for pages in zip(*pairs, strict=True))
             self.k[:, target] = self.k[:, source]
             self.v[:, target] = self.v[:, source]
 

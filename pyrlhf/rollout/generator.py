@@ -7,15 +7,16 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
 from torch import Tensor
 
 from pyrlhf import ops
+from pyrlhf.ops._checks import values_readable
 from pyrlhf.ops._core import raise_faults, use_core, use_cuda_core
-from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill
+from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill, sent
 from pyrlhf.rollout.program import DecodeProgram
 from pyrlhf.rollout.rollouts import Finished, Rollouts, Sampling, Timings
 from pyrlhf.rollout.scheduler import Admission, Growth, Pages, Scheduler
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from pyrlhf.model import CausalLM
 
 
-_STEPS_ALIKE = 3  # decode steps in a row with as many sequences, after which a step is recorded
-_PROGRAMS = 8  # recorded steps that a call keeps
-_KEPT = 1 << 30  # bytes of the largest KV cache that a generator keeps between calls
+_STEPS_ALIKE = 3  # decode steps in a row with as many sequences, after which a step is recorded (CPU; on CUDA at once)
+_PROGRAMS = 8  # recorded steps that a call keeps (CPU; on CUDA there are few sizes, and all are kept)
+_KEPT = 1 << 30  # bytes of the largest KV cache that a generator keeps between calls (CPU)
+_LIBRARIES = 1 << 29  # bytes of a GPU for what libraries allocate at their first call, and for graphs
 
 
 class Decodes(Protocol):
@@ -51,7 +53,7 @@ class Generator:
         page_size: tokens a page.
         prefill_tokens: prompt tokens of one forward (a longer prompt goes alone).
         cache_bytes: bound on the KV cache, which never gets larger than `max_batch` of the call's longest samples need;
-            None takes half of the memory that is free.
+            None takes half of the host's free memory, or what a GPU has left beside its weights and what a step needs.
         tokenizer: for stop strings.
         gather: makes sharded weights whole (`HybridEngine` passes it under ZeRO 3).
         weights: packed weights to write again instead of making new ones.
@@ -129,9 +131,9 @@ class Generator:
         run = self._begin([prompt], sampling, 1, [sample_id])
         told = 0
         for _ in self._steps(run):
-            drawn = run.scheduler.drawn(run.samples[0])
-            yield from run.tokens[0, told:drawn].tolist()
-            told = drawn
+            known = run.scheduler.drawn(run.samples[0]) - len(run.pending)
+            yield from run.tokens[0, told:known].tolist()
+            told = known
 
     def _begin(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, sample_ids: Sequence[int] | Tensor | None
@@ -165,9 +167,25 @@ class Generator:
             return self.pages
         weight = self.policy.trunk.embed.tokens.weight
         needs = sorted((-(-sample.longest // self.page_size) + 1 for sample in samples), reverse=True)
-        budget = _free_memory(weight.device) // 2 if self.cache_bytes is None else self.cache_bytes
+        budget = self.cache_bytes
+        if budget is None:
+            budget = _cache_budget(weight.device, self._step_bytes(samples, weight.dtype))
         fitting = budget // PagedCache.page_bytes(self.policy.config, self.page_size, weight.dtype)
         return max(1, min(sum(needs[: self.max_batch]), fitting))
+
+    def _step_bytes(self, samples: Sequence[Sample], dtype: torch.dtype) -> int:
+        """About what the largest prefill and decode step take beside weights and cache: rather too much than too little."""
+        config = self.policy.config
+        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        inner = config.intermediate_size * (3 if config.gated else 2)
+        tokens = max([self.prefill_tokens, *(sample.prompt_length for sample in samples)])
+        hidden = tokens * (6 * config.hidden_size + 2 * heads + inner) * dtype.itemsize
+        rows = min(self.max_batch, len(samples))
+        # logits of every prompt of a prefill, a copy to draw from, and what the draw writes to on its way
+        logits = rows * config.vocab_size * (2 * dtype.itemsize + 12)
+        # weights that ZeRO 3 has elsewhere as yet
+        absent = sum(getattr(p, "ds_numel", p.numel()) - p.numel() for p in self.policy.parameters()) * dtype.itemsize
+        return hidden + logits + absent + _LIBRARIES
 
     def take_cache(self, pages: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
         """A cache of `pages` pages, all free: the one of the call before where it serves, as fresh memory is slow to touch."""
@@ -176,6 +194,10 @@ class Generator:
             old.pages = Pages(pages, self.page_size)
             return old
         return PagedCache(self.policy.config, pages, self.page_size, dtype, device)
+
+    def keep_cache(self, cache: PagedCache) -> None:
+        """For the next call's `take_cache`."""
+        self._cache = cache
 
     def _finished(self, run: _Run) -> Iterator[Finished]:
         for _ in self._steps(run):
@@ -186,15 +208,16 @@ class Generator:
         """Runs to the end, yielding after each prefill and each decode step."""
         with _evaluating(self.policy), self.weights.in_use(self._gather):
             run.start()
-            while run.scheduler.unfinished:
-                with torch.no_grad():
-                    run.prefill()
-                yield
-                with torch.no_grad():
-                    run.decode()
-                yield
-        if run.cache.bytes <= _KEPT:
-            self._cache = run.cache
+            try:
+                while run.unfinished:
+                    with torch.no_grad():
+                        run.prefill()
+                    yield
+                    with torch.no_grad():
+                        run.decode()
+                    yield
+            finally:
+                run.leave()
 
     @contextlib.contextmanager
     def _bar(self, samples: int, wanted: bool) -> Iterator[Callable[[Finished], None]]:
@@ -264,7 +287,6 @@ class _Live:
     tokens: Tensor  # int64 [B], the last token, not yet in the cache
     positions: Tensor  # int64 [B], its position
     columns: Tensor  # int64 [B], how many were drawn before it
-    last: Tensor  # int64 [B], the position of the last one that may be drawn
     table: Tensor  # int32 [B, max_pages]
 
     def keep(self, rows: Tensor) -> _Live:
@@ -275,8 +297,25 @@ class _Live:
         return _Live(*(torch.cat(pair) for pair in pairs))
 
 
+@dataclass
+class _Draw:
+    """Tokens that were drawn, perhaps on a device that has not got there yet: which of them end their sequences."""
+
+    samples: list[Sample]
+    step: int  # of the scheduler, after it
+    ended: (
+        Tensor | None
+    )  # bool [len(samples)] on the host, good once `done` has happened; None: nothing but a limit can end one
+    done: torch.cuda.Event | None
+    spent: list[Sample]  # those that have left already, having drawn all they may
+
+
 class _Run:
-    """One call of `generate`: what waits, what is live, what has come out."""
+    """One call of `generate`: what waits, what is live, what has come out.
+
+    A GPU is never waited for within a decode step: the next step is launched first, and which sequences the last one has
+    ended comes to the host meanwhile. Until then they are decoded with the others, and what they draw is dropped.
+    """
 
     def __init__(
         self, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, ids: Tensor
@@ -290,28 +329,49 @@ class _Run:
         self.prompt_lengths = torch.tensor([s.prompt_length for s in self.samples], dtype=torch.int64)
         self.limits = torch.tensor([s.limit for s in self.samples], dtype=torch.int64)
         self.eos = _eos_ids(self.policy, sampling)
-        self.ends = torch.tensor([*self.eos, *sampling.stop_ids], dtype=torch.int64, device=self.device)
+        ends = [i for i in {*self.eos, *sampling.stop_ids} if 0 <= i < self.policy.config.vocab_size]
+        self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=self.device)
         self.banned = torch.tensor(sampling.banned_ids, dtype=torch.int64, device=self.device)
         self.lengths = torch.zeros(len(ids), dtype=torch.int64)
         self.reasons = [""] * len(ids)
         self.ended: list[Finished] = []
+        self.pending: list[_Draw] = []
         self.begun = time.perf_counter()
         self.seconds = {"prefill": 0.0, "decode": 0.0, "first_token": 0.0}
         self.prompt_tokens = 0
         self.programs: dict[int, DecodeProgram] = {}  # by the number of rows
         self.rows = self.steps_alike = 0
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
-        self.cache = generator.take_cache(generator.page_count(self.samples), self.dtype, self.device)
-        self.scheduler = Scheduler(self.cache.pages, self.samples, generator.max_batch, generator.prefill_tokens)
 
     def start(self) -> None:
-        """Room for the outputs, and nobody live yet."""
+        """Room for keys, values and outputs in the memory that is left, and nobody live yet."""
+        on_cuda = self.device.type == "cuda"
+        self.ahead = _runs_ahead(self.device)
+        self.pool = torch.cuda.graph_pool_handle() if on_cuda else None
+        self.reading: Any = torch.cuda.Stream(self.device) if on_cuda else None
+        generator = self.generator
+        self.cache = generator.take_cache(generator.page_count(self.samples), self.dtype, self.device)
+        self.pages = self.cache.pages
+        self.scheduler = Scheduler(self.pages, self.samples, generator.max_batch, generator.prefill_tokens)
         width, count = int(self.limits.max()) if len(self.limits) else 0, len(self.sample_ids)
         self.tokens = torch.zeros(count, width, dtype=torch.int64, device=self.device)
         self.logprobs = torch.zeros(count, width, dtype=torch.float32, device=self.device)
-        needs = (self.cache.pages.needed(s.longest) for s in self.scheduler.waiting)
+        needs = (self.pages.needed(s.longest) for s in self.scheduler.waiting)
         self.max_pages = max(needs, default=1)
         self.live = self._rows([], [])
+
+    @property
+    def unfinished(self) -> bool:
+        return self.scheduler.unfinished or bool(self.pending)
+
+    def leave(self) -> None:
+        """Let go of everything but the outputs. A small cache waits for the next call, but a GPU's memory is all training's."""
+        if self.device.type == "cpu" and self.cache.bytes <= _KEPT:
+            self.generator.keep_cache(self.cache)
+        del self.cache, self.live
+        self.programs, self.first_logits = {}, {}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     # -- prefill ----------------------------------------------------------------------------------------------------------
 
@@ -327,8 +387,8 @@ class _Run:
                 self.live = self.live.join(self._resumed(admission.resumed))
             if admission.fresh:
                 self._draw_first(admission.fresh)
-            now = time.perf_counter()
-            self.seconds["first_token"] = now - self.begun if admission.fresh else self.seconds["first_token"]
+                self._settle()  # prompts take long enough for their end to be waited for
+                self.seconds["first_token"] = time.perf_counter() - self.begun
         self.seconds["prefill"] += time.perf_counter() - begun
 
     def _forward(self, admission: Admission) -> None:
@@ -372,7 +432,8 @@ class _Run:
         self.first_logits = {p: row for p, row in self.first_logits.items() if p in held}
         new = self._rows(fresh, [-1] * len(fresh))
         self.live = self.live.join(new)
-        self._advance(slice(len(self.live.samples) - len(fresh), None), fresh, logits)
+        drawn = self._sample(logits, new.positions, new.columns, new.ids)
+        self._advance(slice(len(self.live.samples) - len(fresh), None), fresh, *drawn)
 
     def _resumed(self, samples: list[Sample]) -> _Live:
         rows = self._rows(samples, [s.drawn - 1 for s in samples])
@@ -383,17 +444,13 @@ class _Run:
         """Rows for sequences whose last token is the columns-th drawn (-1: the prompt's last)."""
         index = torch.tensor([s.index for s in samples], dtype=torch.int64)
         lengths, column = self.prompt_lengths[index], torch.tensor(columns, dtype=torch.int64)
-        last = lengths + self.limits[index] - 1
-        rows, ids, lengths, column, last = (
-            x.to(self.device) for x in (index, self.sample_ids[index], lengths, column, last)
-        )
+        rows, ids, lengths, column = (x.to(self.device) for x in (index, self.sample_ids[index], lengths, column))
         return _Live(
             samples=rows,
             ids=ids,
             tokens=torch.zeros_like(rows),
             positions=lengths + column,
             columns=column,
-            last=last,
             table=self._table(samples),
         )
 
@@ -407,6 +464,8 @@ class _Run:
     def decode(self) -> None:
         """One more token for every live sequence."""
         begun = time.perf_counter()
+        if self.scheduler.crowded:
+            self._settle()  # nobody makes room for a sequence that has ended
         before = list(self.scheduler.live)
         growth = self.scheduler.grow()
         if len(self.scheduler.live) < len(before):
@@ -415,108 +474,144 @@ class _Run:
         if growth:
             self._extend_tables(growth, live)
         if live:
-            logits = self._next_logits()
+            tokens, logprobs = self._next()
             self.scheduler.stepped()
-            self._advance(slice(None), live, logits)
+            self._advance(slice(None), live, tokens, logprobs)
+        else:
+            self._settle()
         self.seconds["decode"] += time.perf_counter() - begun
 
     def _keep_live(self, before: list[Sample]) -> None:
         """Drop the rows of those that were live before and are no longer."""
-        rows = torch.tensor([i for i, s in enumerate(before) if s.live], dtype=torch.int64)
-        self.live = self.live.keep(rows.to(self.device))
+        self.live = self.live.keep(sent([i for i, s in enumerate(before) if s.live], torch.int64, self.device))
 
-    def _next_logits(self) -> Tensor:
-        """Logits of the next token of every live sequence, by a recorded step where the batch keeps its size."""
-        inputs = self.live.tokens, self.live.positions, self.live.table
-        rows = _bucket(len(self.live.tokens), self.device)
+    def _next(self) -> tuple[Tensor, ...]:
+        """The next token of every live sequence and its log-prob, by a recorded step where the batch keeps its size."""
+        live = self.live
+        inputs = live.tokens, live.positions, live.columns, live.ids, live.table
+        rows = _bucket(len(live.tokens), self.device)
         self.steps_alike = self.steps_alike + 1 if rows == self.rows else 1
         self.rows = rows
         if rows not in self.programs:
-            if self.steps_alike < _STEPS_ALIKE or not _recordable(self.policy):
+            if not _recordable(self.policy) or (self.pool is None and self.steps_alike < _STEPS_ALIKE):
                 return self._step(*inputs)
-            if len(self.programs) == _PROGRAMS:
+            if self.pool is None and len(self.programs) == _PROGRAMS:
                 self.programs.pop(next(iter(self.programs)))
-            self.programs[rows] = DecodeProgram(self._step, rows, *inputs)
-        return self.programs[rows].logits(*inputs)
+            filling = (0, 0, 0, 0, self.cache.spare)
+            self.programs[rows] = DecodeProgram(self._step, rows, inputs, filling, self.pool)
+        return self.programs[rows](*inputs)
 
-    def _step(self, tokens: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+    def _step(
+        self, tokens: Tensor, positions: Tensor, columns: Tensor, ids: Tensor, table: Tensor
+    ) -> tuple[Tensor, ...]:
         hidden = self.policy.decode(tokens, positions, PagedDecode(self.cache, table, positions))
-        return self.policy.logits(hidden)
+        return self._sample(self.policy.logits(hidden), positions, columns, ids)
 
-    def _extend_tables(self, growth: list[Growth], live: list[Sample]) -> None:
-        self.cache.copy_pages([(g.copy_of, g.page) for g in growth if g.copy_of is not None])
-        row = {s: i for i, s in enumerate(live)}
-        rows, places, pages = zip(*((row[g.sequence], g.place, g.page) for g in growth), strict=True)
-        at = tuple(torch.tensor(x, device=self.device) for x in (rows, places))
-        self.live.table[at] = torch.tensor(pages, dtype=torch.int32, device=self.device)
-
-    def _advance(self, where: slice, samples: list[Sample], logits: Tensor) -> None:
-        """Draw a token for these rows of the live ones, note it, and let go of the sequences that it ends."""
-        live, how = self.live, self.sampling
-        positions, columns = live.positions[where] + 1, live.columns[where] + 1
-        tokens, logprobs = ops.sample(
-            self._masked(logits, columns),
-            live.ids[where],
-            positions,
+    def _sample(self, logits: Tensor, positions: Tensor, columns: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        """The tokens after those at `positions`, the `columns`-th drawn, and their log-probs. Logits are written to."""
+        how = self.sampling
+        if len(self.banned):
+            logits.index_fill_(1, self.banned, -math.inf)
+        if how.min_new_tokens and len(self.ends):
+            early = (columns < how.min_new_tokens - 2).unsqueeze(1)
+            logits.index_copy_(1, self.ends, logits.index_select(1, self.ends).masked_fill(early, -math.inf))
+        return ops.sample(
+            logits,
+            ids,
+            positions + 1,
             seed=how.seed,
             temperature=how.temperature,
             top_k=how.top_k,
             top_p=how.top_p,
             min_p=how.min_p,
         )
+
+    def _extend_tables(self, growth: list[Growth], live: list[Sample]) -> None:
+        self.cache.copy_pages([(g.copy_of, g.page) for g in growth if g.copy_of is not None])
+        row = {s: i for i, s in enumerate(live)}
+        where = sent([(row[g.sequence], g.place, g.page) for g in growth], torch.int64, self.device)
+        self.live.table[where[:, 0], where[:, 1]] = where[:, 2].int()
+
+    def _advance(self, where: slice, samples: list[Sample], tokens: Tensor, logprobs: Tensor) -> None:
+        """Note a token for these rows of the live ones, and let go of the sequences that are known to have ended."""
+        live = self.live
+        positions, columns = live.positions[where] + 1, live.columns[where] + 1
         index = live.samples[where]
         self.tokens[index, columns] = tokens
         self.logprobs[index, columns] = logprobs
-        live.tokens[where], live.positions[where], live.columns[where] = tokens, positions, columns
-        ended = positions >= live.last[where]
+        draw = self._told(list(samples), tokens)
+        live.tokens[where] = tokens.clamp(min=0)  # a bad row is decoded until it is known for one
+        live.positions[where], live.columns[where] = positions, columns
+        self._settle()  # of what was drawn before
+        draw.spent = self.scheduler.spent()
+        self._retire({sample: sample.limit for sample in draw.spent})
+        self.pending.append(draw)
+        if not self.ahead:
+            self._settle()
+
+    def _told(self, samples: list[Sample], tokens: Tensor) -> _Draw:
+        """Have the host told which of these tokens end their sequences."""
+        ended, done = None, None
         if len(self.ends):
-            ended |= (tokens.unsqueeze(1) == self.ends).any(1)
-        if how.stop_strings:
-            ended |= self._stopped(samples, tokens, columns)
-        on_cuda = self.device.type == "cuda"
-        if on_cuda:
-            ended |= tokens < 0  # a row of bad logits, which the kernel has flagged
-        rows = ended.nonzero().squeeze(1)  # the step's one synchronisation
-        if rows.numel():
-            if on_cuda:
-                raise_faults(self.device)
-            self._retire([samples[i] for i in rows.tolist()])
+            ended = (tokens.unsqueeze(1) == self.ends).any(1)
+        if tokens.is_cuda:
+            bad = tokens < 0  # a row of bad logits, which the kernel has flagged
+            there = bad if ended is None else ended | bad
+            ended = torch.empty(there.shape, dtype=torch.bool, pin_memory=True).copy_(there, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return _Draw(samples, self.scheduler.step, ended, done, [])
 
-    def _masked(self, logits: Tensor, columns: Tensor) -> Tensor:
-        """Logits without what must not be drawn; they are written to."""
-        if len(self.banned):
-            logits[:, self.banned] = -math.inf
-        if self.sampling.min_new_tokens and len(self.ends):
-            early = (columns < self.sampling.min_new_tokens - 1).nonzero()  # [b, 1]
-            own = self.ends[(self.ends >= 0) & (self.ends < logits.shape[1])]
-            logits[early, own] = -math.inf
-        return logits
+    def _settle(self) -> None:
+        """Learn what all draws so far have ended."""
+        while self.pending:
+            draw = self.pending.pop(0)
+            if draw.done is not None:
+                draw.done.synchronize()
+            ended = [] if draw.ended is None else [draw.samples[i] for i in draw.ended.nonzero().squeeze(1).tolist()]
+            with _reading(self.reading):
+                if self.sampling.stop_strings:
+                    ended += self._stopped(draw)
+                # One that had ended before drew on until that was known.
+                out = {sample: draw.step - sample.began for sample in ended if sample.live}
+                self._finish(out | {sample: sample.limit for sample in draw.spent})
+            self._retire(out)
 
-    def _stopped(self, samples: list[Sample], tokens: Tensor, columns: Tensor) -> Tensor:
-        """bool [B]: a stop string has just been completed."""
+    def _stopped(self, draw: _Draw) -> list[Sample]:
+        """Those of which a stop string has just been completed."""
         tokenizer, strings = self.generator.tokenizer, self.sampling.stop_strings
         assert tokenizer is not None
         tail = 32 + 4 * max(map(len, strings))  # tokens; most hold several characters, some none
         stopped = []
-        for sample, column in zip(samples, columns.tolist(), strict=True):
-            text = tokenizer.decode(self.tokens[sample.index, max(0, column + 1 - tail) : column + 1].tolist())
-            enough = column + 1 >= self.sampling.min_new_tokens
-            stopped.append(enough and any(string in text for string in strings))
-            if stopped[-1]:
+        for sample in (sample for sample in draw.samples if sample.live or sample in draw.spent):
+            drawn = draw.step - sample.began
+            text = tokenizer.decode(self.tokens[sample.index, max(0, drawn - tail) : drawn].tolist())
+            if drawn >= self.sampling.min_new_tokens and any(string in text for string in strings):
                 self.reasons[sample.index] = "stop"
-        return torch.tensor(stopped, device=tokens.device)
+                stopped.append(sample)
+        return stopped
 
-    def _retire(self, ended: list[Sample]) -> None:
-        before = list(self.scheduler.live)
-        self.scheduler.finish(ended)
-        self._keep_live(before)
-        for sample in ended:
-            i, n = sample.index, sample.drawn
-            self.lengths[i] = n
-            tokens = self.tokens[i, :n].tolist()
-            reason = "eos" if tokens[-1] in self.eos else "stop" if tokens[-1] in self.sampling.stop_ids else ""
+    def _retire(self, ended: dict[Sample, int]) -> None:
+        """These live sequences have drawn their last token, the so-manieth: their rows and pages are free."""
+        if ended:
+            before = list(self.scheduler.live)
+            self.scheduler.finish(ended)
+            self._keep_live(before)
+
+    def _finish(self, ended: dict[Sample, int]) -> None:
+        """Hand out responses of so many tokens."""
+        if not ended:
+            return
+        if self.device.type == "cuda":
+            raise_faults(self.device)
+        index = torch.tensor([sample.index for sample in ended], device=self.device)
+        rows = zip(self.tokens[index].cpu(), self.logprobs[index].cpu(), ended.items(), strict=True)
+        for tokens, logprobs, (sample, drawn) in rows:
+            i, own = sample.index, tokens[:drawn].tolist()
+            self.lengths[i] = drawn
+            reason = "eos" if own[-1] in self.eos else "stop" if own[-1] in self.sampling.stop_ids else ""
             self.reasons[i] = reason or self.reasons[i] or "length"
-            self.ended.append(Finished(i, tokens, self.logprobs[i, :n].cpu(), self.reasons[i]))
+            self.ended.append(Finished(i, own, logprobs[:drawn].clone(), self.reasons[i]))
 
     # -- out --------------------------------------------------------------------------------------------------------------
 
@@ -539,7 +634,6 @@ class _Run:
         )
 
     def _timings(self, weights: DecodeWeights) -> Timings:
-        cache = self.cache
         return Timings(
             refresh_seconds=weights.seconds,
             refresh_bytes=weights.bytes,
@@ -550,25 +644,48 @@ class _Run:
             prompt_tokens=self.prompt_tokens,
             new_tokens=int(self.lengths.sum()),
             preemptions=self.scheduler.preemptions,
-            peak_pages=cache.pages.most_used,
-            cache_bytes=cache.pages.count * cache.page_bytes(self.policy.config, cache.pages.size, self.dtype),
+            peak_pages=self.pages.most_used,
+            cache_bytes=self.pages.count * PagedCache.page_bytes(self.policy.config, self.pages.size, self.dtype),
         )
 
 
 def _bucket(rows: int, device: torch.device) -> int:
-    """Rows of the recorded step that serves so many: on CUDA a few sizes, where a row more costs nothing; on the CPU their own."""
+    """Rows of the recorded step that serves so many: on the CPU their own; on CUDA 1, 2, 4 .. 64, 96, 128, 192, 256, 384 ..
+
+    A product reads its weights whether 33 rows want it or 64, and every size costs a capture.
+    """
     if device.type == "cpu":
         return rows
-    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+    power = 1 << (rows - 1).bit_length()
+    return power * 3 // 4 if power > 64 and rows <= power * 3 // 4 else power
+
+
+def _runs_ahead(device: torch.device) -> bool:
+    """Whether a step is launched before the last one has told what it ended."""
+    return device.type == "cuda"
+
+
+def _reading(stream: Any) -> contextlib.AbstractContextManager[Any]:
+    """What is read inside does not wait for the steps that have been launched since it was written."""
+    return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _recordable(policy: CausalLM) -> bool:
+    """Not where plain PyTorch computes, nor where PYRLHF_CHECK=1 has a GPU's values looked at on the way."""
     weight = policy.trunk.embed.tokens.weight
-    return use_core(weight) or use_cuda_core(weight)
+    return use_core(weight) or (use_cuda_core(weight) and not values_readable(weight))
 
 
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+def _cache_budget(device: torch.device, beside: int) -> int:
+    """Bytes that a KV cache may take: half of the host's free memory, or a GPU's but for `beside` and a tenth, lost to fragments."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available) // 2
+    return max(0, _free_gpu_memory(device) * 9 // 10 - beside)
+
+
+def _free_gpu_memory(device: torch.device) -> int:
+    torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _eos_ids(policy: CausalLM, sampling: Sampling) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ and on a GPU it is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pyrlhf.ops._core import recording
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
+Outputs = tuple[Tensor, ...]
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -28,39 +29,46 @@ class Program:
     """A function of tensors that stay where they are, recorded.
 
     Args:
-        step: computes a tensor from others that its caller keeps and writes new values into. It may branch on anything but
+        step: computes tensors from others that its caller keeps and writes new values into. It may branch on anything but
             those values.
 
     Attributes:
         output: what `step` returned; `run` writes new values into it.
     """
 
-    def __init__(self, step: Callable[[], Tensor]) -> None:
+    def __init__(self, step: Callable[[], Outputs]) -> None:
         self._calls: list[Call] = []
         self._alive: list[Tensor] = []  # everything whose address is in a call
         with recording(self._calls), _Recorder(self._calls, self._alive):
             self.output = step()
 
-    def run(self) -> Tensor:
+    def run(self) -> Outputs:
         for function, arguments in self._calls:
             function(*arguments)
         return self.output
 
 
 class Graph:
-    """The same on CUDA: the kernels of `step` as a CUDA graph. Whatever it computes from must live on the device."""
+    """The same on CUDA: the kernels of `step` as a CUDA graph. Whatever it computes from must live on the device.
 
-    def __init__(self, step: Callable[[], Tensor]) -> None:
+    Args:
+        step: as above.
+        pool: where the graph's tensors live. Graphs that run one after the other, on one stream, may share it: only their outputs
+            then take memory of their own.
+    """
+
+    def __init__(self, step: Callable[[], Outputs], pool: Any) -> None:
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()  # libraries allocate and choose their kernels at the first call
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # Threads of NCCL or of a data loader may call CUDA meanwhile: that is no fault of this capture.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.output = step()
 
-    def run(self) -> Tensor:
+    def run(self) -> Outputs:
         self._graph.replay()
         return self.output
 
@@ -106,36 +114,46 @@ def _recompute(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mad
 
 
 class DecodeProgram:
-    """A decode step of a fixed number of rows. Fewer can be asked for: the last one then stands for those that are missing.
+    """A decode step of a fixed number of rows; fewer can be asked for.
 
     Args:
-        step: (tokens, positions, table) -> logits; calling it again with the same changes nothing.
+        step: tensors -> tensors, all of them with a row for each sequence. Calling it again with the same changes nothing.
         rows: how many.
-        tokens, positions, table: of a step, to be recorded with.
+        inputs: of a step, to be recorded with.
+        filling: what each input holds in the rows that nobody asks for.
+        pool: see `Graph`.
     """
 
     def __init__(
         self,
-        step: Callable[[Tensor, Tensor, Tensor], Tensor],
+        step: Callable[..., Outputs],
         rows: int,
-        tokens: Tensor,
-        positions: Tensor,
-        table: Tensor,
+        inputs: Sequence[Tensor],
+        filling: Sequence[int],
+        pool: Any = None,
     ) -> None:
-        self._rows = torch.arange(rows, device=tokens.device)
-        self._inputs = [self._filled(x) for x in (tokens, positions, table)]
-        kind = Graph if tokens.is_cuda else Program
-        self._program = kind(lambda: step(*self._inputs))
+        self._filling, self._asked = filling, 0
+        self._inputs = [
+            x.new_full((rows, *x.shape[1:]), value) for x, value in zip(inputs, filling, strict=True)
+        ]  # the addresses that are recorded
+        self._write(inputs)
 
-    def logits(self, *inputs: Tensor) -> Tensor:
-        """Of a step with these tokens, positions and table. The next call writes into the same memory."""
-        for own, new in zip(self._inputs, inputs, strict=True):
-            own.copy_(new if len(new) == len(own) else self._filled(new))
-        return self._program.run()[: len(inputs[0])]
+        def whole() -> Outputs:
+            return step(*self._inputs)
 
-    def _filled(self, x: Tensor) -> Tensor:
-        missing = len(self._rows) - len(x)
-        return x.clone() if not missing else x[self._rows.clamp(max=len(x) - 1)]
+        self._program = Graph(whole, pool) if inputs[0].is_cuda else Program(whole)
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        """What the step gives for these rows. The next call, of this or of another program of the pool, writes into the same memory."""
+        self._write(inputs)
+        return tuple(out[: self._asked] for out in self._program.run())
+
+    def _write(self, inputs: Sequence[Tensor]) -> None:
+        before, self._asked = self._asked, len(inputs[0])
+        for own, new, value in zip(self._inputs, inputs, self._filling, strict=True):
+            (own if len(own) == self._asked else own[: self._asked]).copy_(new)
+            if self._asked < before:
+                own[self._asked : before].fill_(value)
 
 
 __all__ = ["DecodeProgram", "Graph", "Program"]

@@ -9,7 +9,7 @@ prompt's pages: a page that more than one holds is copied before it is written t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -148,6 +148,7 @@ class Scheduler:
         self.preemptions = self.step = 0
         self._ages = 0
         self._due: dict[int, list[Sequence]] = {}  # step -> sequences that may then need a page
+        self._limits: dict[int, list[Sequence]] = {}  # step -> sequences that have then drawn all they may
         self._siblings: dict[int, int] = {}  # prompt -> samples that have never been admitted
         for sequence in self.waiting:
             self._siblings[sequence.prompt] = self._siblings.get(sequence.prompt, 0) + 1
@@ -219,6 +220,7 @@ class Scheduler:
         sequence.age, self._ages = self._ages, self._ages + 1
         self.live.append(sequence)
         self._due.setdefault(self.step, []).append(sequence)
+        self._limits.setdefault(sequence.began + sequence.limit, []).append(sequence)
 
     def _make_whole(self, sequence: Sequence, admission: Admission) -> None:
         """Own pages for all that it has drawn but the last token."""
@@ -240,6 +242,11 @@ class Scheduler:
             self.pages.give_back(self.held.pop(sequence.prompt))
 
     # -- decoding ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def crowded(self) -> bool:
+        """Whether `grow` may have to take pages from sequences."""
+        return len(self._due.get(self.step, ())) > self.pages.free
 
     def grow(self) -> list[Growth]:
         """Give every live sequence a place for the token it stores in the coming step, preempting the youngest if need be."""
@@ -300,12 +307,17 @@ class Scheduler:
         """Every live sequence has drawn one more token."""
         self.step += 1
 
-    def finish(self, ended: Iterable[Sequence]) -> None:
-        """These live sequences have drawn their last token."""
-        gone = set(ended)
-        for sequence in gone:
+    def spent(self) -> list[Sequence]:
+        """Live sequences that have just drawn as many tokens as they may. They are told once."""
+        due = dict.fromkeys(self._limits.pop(self.step, ()))  # one that left and came back is there twice
+        return [sequence for sequence in due if sequence.live and self.drawn(sequence) == sequence.limit]
+
+    def finish(self, ended: Mapping[Sequence, int]) -> None:
+        """These live sequences have ended with their so-manieth token; what they have drawn since does not count."""
+        for sequence, drawn in ended.items():
             self._leave(sequence)
-        self.live = [sequence for sequence in self.live if sequence not in gone]
+            sequence.drawn = drawn
+        self.live = [sequence for sequence in self.live if sequence not in ended]
 
     def _leave(self, sequence: Sequence) -> None:
         sequence.drawn, sequence.live = self.drawn(sequence), False

@@ -93,9 +93,12 @@ def run_steps(
     with metrics.progress(total, description, completed=first) as bar:
         for k in range(first, total):
             began = time.perf_counter()
+            forget_peak_memory()
             numbers, tokens = step(k)
             seconds = time.perf_counter() - began
-            numbers |= {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_gib": peak_memory_gib()}
+            phases = [peak for name, peak in numbers.items() if name.startswith("peak_memory_gib/")]
+            numbers |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+            numbers["peak_memory_gib"] = max([peak_memory_gib(), *phases])
             numbers["skipped_steps"] = sum(engine.skipped_steps for engine in engines.values())
             metrics.log(k + 1, numbers, show=bool(show_every) and k % show_every == 0)
             bar.advance(1, tokens=tokens)
@@ -115,14 +118,27 @@ def _resume(engines: Mapping[str, ZeroEngine], folder: Path, state: dict[str, An
 
 
 def peak_memory_gib() -> float:
-    """Largest memory so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
+    """Largest memory since `forget_peak_memory`: what torch had allocated of the GPU where it is in use, else what this process held."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def forget_peak_memory() -> None:
+    """Measure anew from here. Where the system cannot (outside Linux), the largest so far stays."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 class Stopwatch:
-    """Seconds of each phase of a step, and its tokens a second."""
+    """Seconds and peak memory of each phase of a step, and its tokens a second."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, float] = {}
@@ -132,7 +148,8 @@ class Stopwatch:
         """The phase that ends here, with the tokens it handled if they are to be counted."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self.numbers[f"seconds/{phase}"] = seconds
+        self.numbers |= {f"seconds/{phase}": seconds, f"peak_memory_gib/{phase}": peak_memory_gib()}
+        forget_peak_memory()
         if tokens is not None:
             self.numbers[f"tokens_per_second/{phase}"] = tokens / max(seconds, 1e-9)
 
@@ -160,27 +177,26 @@ def language_model_step(engine: ZeroEngine, batch: Sequences, budget: int) -> tu
 
 def backward_language_model(engine: ZeroEngine, batch: Sequences, budget: int, *, coef: float = 1.0) -> float:
     """Accumulate the gradient of coef · (mean next-token loss of the minibatch over the world); returns the mean loss, in nats."""
-    total, weight = 0.0, 1.0 / max(batch.targets, 1)
+    total, weight = torch.zeros((), dtype=torch.float64, device=engine.device), 1.0 / max(batch.targets, 1)
     for examples, idle, last in microbatches(batch, budget, engine.world):
         loss = _loss(engine, examples, 0.0 if idle else weight, engine.device)
         engine.backward(coef * loss, last=last)
-        total += float(loss.detach())
+        total += loss.detach()
     return float(engine.world.sum(total))
 
 
 def evaluate_language_model(engine: ZeroEngine, data: Sequences, budget: int) -> float:
     """Mean next-token loss over `data`, in nats a token."""
-    total, weight = 0.0, 1.0 / max(data.targets, 1)
+    total, weight = torch.zeros((), dtype=torch.float64, device=engine.device), 1.0 / max(data.targets, 1)
     with torch.no_grad():
         for examples, idle, _ in microbatches(data, budget, engine.world):
-            total += float(_loss(engine, examples, 0.0 if idle else weight, engine.device))
+            total += _loss(engine, examples, 0.0 if idle else weight, engine.device)
     return float(engine.world.sum(total))
 
 
 def _loss(forward: Forward, examples: Sequences, weight: float, device: torch.device) -> torch.Tensor:
-    packed = pack(examples.tokens).to(device)
-    prompt_lengths = torch.tensor(examples.prompt_lengths, device=device)
-    return language_model_loss(forward, packed, prompt_lengths, weight)
+    prompt_lengths = torch.tensor(examples.prompt_lengths)
+    return language_model_loss(forward, pack(examples.tokens), prompt_lengths, weight, device=device)
 
 
 def perplexity(loss: float) -> float:

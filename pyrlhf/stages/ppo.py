@@ -240,7 +240,8 @@ def backward_ppo(
 ) -> dict[str, float]:
     """Accumulate the gradients of one minibatch in policy and critic, micro-batch by micro-batch; returns its statistics.
 
-    `last` says that no other gradient of the policy follows before its step.
+    Neither loss needs the other model's outputs, so the critic runs when the policy's activations are gone. `last` says that no
+    other gradient of the policy follows before its step.
     """
     world = actors.world
     plan = share_by_tokens(minibatch.lengths, actors.budget, rank=world.rank, world_size=world.size)
@@ -254,15 +255,17 @@ def backward_ppo(
             logprobs, entropy = actors.policy(
                 *place, rows=micro.rows, targets=micro.targets, temperature=config.temperature
             )
-        values = actors.critic(*place, rows=micro.rows)
-        loss, dlogprobs, dvalues = ppo_gradients(logprobs, values, micro, config)
+        loss, dlogprobs, _ = ppo_gradients(logprobs, micro.values, micro, config)
         mean_entropy = (micro.weights * entropy).sum()
         if train_policy:
             surrogate = (logprobs * dlogprobs).sum() - config.entropy_coef * mean_entropy
             actors.policy.backward(surrogate, last=end and last)
+        values = actors.critic(*place, rows=micro.rows)
+        critics, _, dvalues = ppo_gradients(micro.logprobs, values, micro, config)
         actors.critic.backward((values * dvalues).sum(), last=end)
-        sums += torch.stack([loss.policy, loss.value, *loss.stats[:-1], mean_entropy]).detach()
-        ratio_max = torch.maximum(ratio_max, loss.stats.ratio_max)
+        stats = loss.stats._replace(value_clip_fraction=critics.stats.value_clip_fraction)
+        sums += torch.stack([loss.policy, critics.value, *stats[:-1], mean_entropy]).detach()
+        ratio_max = torch.maximum(ratio_max, stats.ratio_max)
     numbers = dict(zip(_SUMS, world.sum(sums).tolist(), strict=True))
     return numbers | {"ratio_max": max(world.gather(float(ratio_max)))}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyrlhf.engine import EngineConfig, HybridEngine, OptimizerConfig, World, init_world
 from pyrlhf.model import CausalLM, ModelConfig
 from pyrlhf.rlhf.experience import Responses, assemble
-from pyrlhf.rollout import Generator, Rollouts, Sampling
+from pyrlhf.rollout import Generator, Rollouts, Sampling, weights
 
 KINDS: dict[str, dict[str, Any]] = {
     "gpt2": {},
@@ -38,13 +38,13 @@ def prompts(count: int = 6, vocab: int = 500) -> list[list[int]]:
     return [torch.randint(0, vocab, (5 + 9 * i,), generator=draw).tolist() for i in range(count)]
 
 
-def make(world: World, kind: str = "gpt2", *, dtype: Any = "fp32", stage: Any = 0, exact: bool = False) -> HybridEngine:
+def make(world: World, kind: str = "gpt2", *, dtype: Any = "fp32", stage: Any = 0, **settings: Any) -> HybridEngine:
     policy = CausalLM(config(kind), seed=1)
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(5.0 if "embed" in name else 3.0)
-    engine = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage, exact=exact)
+    engine = EngineConfig(device="cpu", dtype=dtype, zero_stage=stage, **settings)
     return HybridEngine(policy, engine, OptimizerConfig(lr=1e-3), world=world)
 
 
@@ -138,12 +138,13 @@ def test_generation_reads_the_weights_of_the_moment(world: World) -> None:
     assert first.tokens.tolist() != second.tokens.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stage: int) -> None:
+def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stage: int, dtype: str) -> None:
     """They go to host memory and return between two updates; on the CPU host memory is where they were."""
     trained = []
     for moved in (False, True):
-        engine = make(world, stage=stage)
+        engine = make(world, stage=stage, dtype=dtype, offload_during_rollout=True)
         for step in range(3):
             out = engine.generate(prompts(2), Sampling(max_new_tokens=8, seed=step))
             engine.backward(-trained_view(engine, out, 1.0).mean(), last=True)
@@ -154,6 +155,21 @@ def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stag
         trained.append(engine.full_state_dict())
         engine.close()
     assert all(torch.equal(trained[0][name], weight) for name, weight in trained[1].items())
+
+
+def test_the_cache_leaves_room_for_weights_that_are_yet_to_be_gathered(world: World) -> None:
+    """So that every rank finds before it begins whether a sample fits."""
+    room = []
+    for stage in (0, 3):
+        engine = make(world, stage=stage)
+        generator = engine._generator
+        samples = generator.samples(prompts(), Sampling(max_new_tokens=8), 1)
+        room.append(generator._step_bytes(samples, torch.float32))
+        with engine._whole(list(engine.module.parameters())):
+            room.append(generator._step_bytes(samples, torch.float32))
+        engine.close()
+    assert room[0] == room[1] == room[3]
+    assert room[2] == room[3] + 4 * sum(p.numel() for p in CausalLM(config()).parameters())
 
 
 def test_what_it_tells(world: World) -> None:
@@ -210,8 +226,12 @@ def test_lora_is_folded_in_and_out_exactly(world: World, options: dict[str, Any]
     assert out.tokens.tolist() != without.tokens.tolist()
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_lora_trains_between_rollouts(world: World, stage: Any) -> None:
+def test_lora_trains_between_rollouts(world: World, stage: Any, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing is packed and the weights themselves generate, as on CUDA."""
+    if not packed:
+        monkeypatch.setattr(weights, "CORE_DTYPES", ())
     policy = with_lora()
     config = EngineConfig(device="cpu", zero_stage=stage)
     engine = HybridEngine(policy, config, OptimizerConfig(lr=1e-2), world=world)

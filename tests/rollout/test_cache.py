@@ -35,7 +35,8 @@ def test_pages_are_copied_in_every_layer() -> None:
 
 
 def test_its_size_in_bytes() -> None:
-    assert cache(5, 2).bytes == 5 * PagedCache.page_bytes(CONFIG, 2, torch.float32) == 5 * 2 * 2 * 2 * 2 * 2 * 4
+    """The spare page included."""
+    assert cache(5, 2).bytes == 6 * PagedCache.page_bytes(CONFIG, 2, torch.float32) == 6 * 2 * 2 * 2 * 2 * 2 * 4
 
 
 @pytest.mark.parametrize("tokenwise", [False, True])

@@ -207,6 +207,82 @@ def test_samples_do_not_depend_on_the_batch(how: dict[str, Any], dtype: torch.dt
     assert expected.timings.preemptions == 0
 
 
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step begins before the last one's ends are known, and programs serve fewer rows than they have: as on CUDA."""
+    monkeypatch.setattr(generator, "_runs_ahead", lambda device: True)
+    monkeypatch.setattr(generator, "_bucket", lambda rows, device: -(-rows // 4) * 4)
+
+
+@pytest.mark.parametrize("how", BATCHES, ids=str)
+def test_a_step_that_runs_ahead_changes_no_sample(
+    how: dict[str, Any], caches: list[PagedCache], request: pytest.FixtureRequest
+) -> None:
+    model, asked = wide(TINY), prompts(8)
+    sampling = Sampling(max_new_tokens=30, seed=2, eos_id=11, stop_ids=(7, 12), min_new_tokens=3, banned_ids=(1, 2))
+    expected = Generator(model, **how).generate(asked, sampling, n=3)
+    assert {"eos", "stop", "length"} == set(expected.finish)
+    request.getfixturevalue("ahead")
+    seen: list[Finished] = []
+    out = Generator(model, **how).generate(asked, sampling, n=3, on_finish=seen.append)
+    assert responses(out) == responses(expected)
+    assert out.finish == expected.finish
+    assert torch.equal(out.logprobs, expected.logprobs)
+    assert all(cache.pages.free == cache.pages.count for cache in caches)
+    assert sorted(done.index for done in seen) == list(range(24))
+    assert all((done.tokens, done.finish) == (out.response(done.index), out.finish[done.index]) for done in seen)
+
+
+def test_steps_that_run_ahead_end_at_stop_strings_and_stream(ahead: None) -> None:
+    model, letters = wide(TINY), Letters()
+    plain = Generator(model).generate(prompts(6), Sampling(max_new_tokens=25, seed=3), n=2)
+    texts = [letters.decode(plain.response(i)) for i in range(12)]
+    sampling = Sampling(max_new_tokens=25, seed=3, stop_strings=(texts[0][5:7], texts[3][9:12]))
+    out = Generator(model, tokenizer=letters).generate(prompts(6), sampling, n=2)
+    for i, text in enumerate(texts):
+        found = [text.find(stop) + len(stop) for stop in sampling.stop_strings if stop in text]
+        assert letters.decode(out.response(i)) == text[: min(found, default=len(text))]
+    eos = plain.response(0)[3]
+    for ends in ({}, {"eos_id": eos}):
+        how = Sampling(max_new_tokens=9, seed=3, **ends)
+        whole = Generator(model).generate(prompts(1), how).response(0)
+        stream = Generator(model).tokens(prompts(1)[0], how)
+        assert next(stream) == whole[0]
+        assert list(stream) == whole[1:]
+
+
+def test_rows_that_fill_a_batch_up_touch_no_sequence_s_page(ahead: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three sequences in a program of four rows: the fourth writes to the spare page alone."""
+    made: list[PagedCache] = []
+    monkeypatch.setattr(generator.Generator, "keep_cache", lambda self, cache: made.append(cache))
+
+    class Zeroed(PagedCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.k.zero_()
+
+    monkeypatch.setattr(generator, "PagedCache", Zeroed)
+    Generator(wide(TINY), pages=40, page_size=4).generate([[3], [4], [5]], Sampling(max_new_tokens=12, eos_id=-1))
+    written = made[0].k.ne(0).any(-1).any(-1).any(0).sum(1)  # tokens in each page
+    assert written[: made[0].pages.count].sum() == 3 * 12
+    assert written[made[0].spare] == 1
+
+
+def test_a_gpu_s_cache_fits_in_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside what a step needs; the host's memory is shared with others, so half of it."""
+    monkeypatch.setattr(generator, "_free_gpu_memory", lambda device: 80 << 30)
+    gpu = torch.device("cuda")
+    assert generator._cache_budget(gpu, 2 << 30) == (72 << 30) - (2 << 30)
+    assert generator._cache_budget(gpu, 90 << 30) == 0
+    made = Generator(CausalLM(ModelConfig.preset("llama-3.2-1b"), device="meta"), max_batch=256)
+    samples = made.samples([[1] * 64] * 256, Sampling(max_new_tokens=1024), 1)
+    beside = made._step_bytes(samples, torch.bfloat16)
+    assert 8192 * (2048 + 3072 + 3 * 8192) * 2 + 256 * 128_256 * 12 < beside < 4 << 30
+    monkeypatch.setattr(generator, "_cache_budget", lambda device, beside: 1 << 30)
+    page = PagedCache.page_bytes(made.policy.config, 32, torch.float32)
+    assert made.page_count(samples) == (1 << 30) // page
+
+
 @settings(max_examples=15)
 @given(st.data())
 def test_arrivals_budgets_and_preemptions_change_no_sample(data: st.DataObject) -> None:

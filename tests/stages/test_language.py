@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -276,3 +279,30 @@ def test_a_rank_without_prompts_still_gets_all_responses(house: tiny.House) -> N
     joined = Responses.join(own)
     assert joined.sequences == whole.sequences
     assert joined.finish == whole.finish
+
+
+PHASES = """
+import torch
+from pyrlhf.stages.loop import Stopwatch
+watch = Stopwatch()
+watch.lap("before")
+torch.ones(64 << 18)  # 64 MiB, given back at once
+watch.lap("large")
+watch.lap("after")
+print(*(watch.numbers[f"peak_memory_gib/{phase}"] for phase in ("before", "large", "after")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can forget a process's peak")
+def test_each_phase_has_its_own_peak_of_memory() -> None:
+    """In a process of its own: where `keep_freed_memory` was called, freed memory stays with the process."""
+    ran = subprocess.run(
+        [sys.executable, "-c", PHASES],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    before, large, after = map(float, ran.stdout.split())
+    assert large > after + 0.05
+    assert large > before - 1e-3

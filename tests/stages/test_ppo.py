@@ -28,6 +28,7 @@ NUMBERS = {
     *("seconds/rollout", "seconds/experience", "seconds/training", "seconds", "peak_memory_gib", "skipped_steps"),
     *("mismatch/mean", "mismatch/max", "mismatch/k3"),
     *("seconds/refresh", "seconds/prefill", "seconds/decode"),
+    *("peak_memory_gib/rollout", "peak_memory_gib/experience", "peak_memory_gib/training"),
     *("rollout/refresh_bytes", "rollout/cache_bytes", "rollout/peak_pages", "rollout/preemptions"),
 }
 
@@ -48,6 +49,8 @@ def test_every_number_is_logged_at_every_update(house: tiny.House, tmp_path: Pat
         assert line["first_approx_kl"] == pytest.approx(0.0, abs=1e-5)
         assert 0 <= line["entropy"] <= math.log(house.tokenizer.vocab_size)
         assert line["seconds/rollout"] + line["seconds/training"] <= line["seconds"]
+        peaks = [line[f"peak_memory_gib/{phase}"] for phase in ("rollout", "experience", "training")]
+        assert 0 < max(peaks) <= line["peak_memory_gib"]
     first = steps[0]  # the policy is the reference, and its critic is the reward model, before the first step
     assert first["kl"] == first["kl_k3"] == 0.0
     assert first["reward_with_kl"] == pytest.approx(first["reward"])
@@ -266,6 +269,30 @@ def test_gradients_of_both_models_are_those_of_the_whole_loss(settings: dict[str
     assert values.grad is not None
     torch.testing.assert_close(dlogprobs.double(), logprobs.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(dvalues.double(), values.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_the_critic_runs_when_the_policy_s_activations_are_gone(
+    house: tiny.House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training only one of the two models holds what its backward needs."""
+    events: list[tuple[str, str]] = []
+    run_forward, run_backward = ZeroEngine.__call__, ZeroEngine.backward
+
+    def forward(engine: ZeroEngine, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and engine.trains:
+            events.append((type(engine.module).__name__, "forward"))
+        return run_forward(engine, *args, **kwargs)
+
+    def backward(engine: ZeroEngine, loss: torch.Tensor, *, last: bool) -> None:
+        events.append((type(engine.module).__name__, "backward"))
+        run_backward(engine, loss, last=last)
+
+    monkeypatch.setattr(ZeroEngine, "__call__", forward)
+    monkeypatch.setattr(ZeroEngine, "backward", backward)
+    run(house, tmp_path, updates=1, tokens_per_microbatch=40)
+    cycle = [(model, way) for model in ("CausalLM", "ScalarModel") for way in ("forward", "backward")]
+    assert len(events) > 4
+    assert events == cycle * (len(events) // 4)
 
 
 def test_minibatches_hold_every_response_once() -> None:

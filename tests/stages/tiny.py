@@ -6,7 +6,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class House:
         """What every stage is given."""
         return {
             "tokenizer": self.tokenizer,
-            "engine": EngineConfig(device="cpu", **engine),
+            "engine": EngineConfig(**({"device": "cpu"} | engine)),
             "seed": 7,
             "folder": folder,
             "metrics": metrics or Metrics(folder, folder.name),
@@ -138,11 +138,8 @@ def ppo_config(house: House, **settings: Any) -> PPOConfig:
 
 def run_ppo(house: House, folder: Path, *, model: str = "model", **settings: Any) -> Path:
     """PPO from a tiny random policy against a tiny random reward model."""
-    engine = {
-        name: settings.pop(name)
-        for name in ("zero_stage", "tokens_per_microbatch", "metrics", "dtype", "exact")
-        if name in settings
-    }
+    names = {field.name for field in fields(EngineConfig)} | {"metrics"}
+    engine = {name: settings.pop(name) for name in names & settings.keys()}
     start = house.folder / model
     reward = None if settings.get("reward_function") else house.reward(model)
     config = ppo_config(house, **settings)
