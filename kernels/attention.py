@@ -1,0 +1,625 @@
+"""Attention over packed ragged sequences, forward and backward, without a matrix of scores (FlashAttention-2, arXiv:2307.08691).
+
+A sequence's keys are its prefix, then its own rows: one line of keys, on which query i of the sequence stands at
+prefix length + i. Forward and the queries' gradient: a program takes a tile of one sequence's queries of one head along that
+line. The keys' and values' gradient: a program takes a tile of one sequence's keys of one key head along all queries that see
+some of them, head by head: those of its own sequence, then those of each sequence that has them in its prefix. Scores are
+made again there, from the log-sum-exp that forward left.
+
+Tiles that every query sees whole (the interior) cost no masks; those on an edge of what is visible do; the others are left
+out. Which sequence a program belongs to it finds on the device: sequence s has its blocks at cu_seqlens[s] // rows + s and
+after, which leaves room for each, so that a launch needs no values and can be captured in a CUDA graph.
+
+Invariants:
+- Tiles lie where their sequence starts, or its line of keys, and are as large as the dtype, D and the device say: a
+  sequence's bits do not depend on its neighbours. No atomics: every sum has one owner and one order, in float32.
+- Rows of other sequences, beyond the ends and outside a prefix are never read: they may hold NaN. Within one sequence a NaN
+  or an infinity in a row of v, q or the upstream gradient can spoil what shares a tile with it, as in any product with zeros.
+- Offsets are checked on the device first. Wrong cu_seqlens: a fault, and every result is NaN. A prefix that is no range of
+  rows outside its sequence: a fault, and it counts as empty.
+- Beside outputs and gradients: 8 bytes a query and head in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two: e^x = 2^(x log2 e)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Tiles(NamedTuple):
+    """A tile of scores, queries x keys; and how it is run."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def options(self) -> dict[str, int]:
+        """Of a launch."""
+        return {"QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+
+
+class Passes(NamedTuple):
+    """The tiles of the three kernels that make scores."""
+
+    forward: Tiles
+    by_query: Tiles
+    by_key: Tiles
+
+
+# By dtype's bytes and the width of a row of q (D up to the next power of two). Two warpgroups hold 128 queries' outputs and
+# their scores in registers; forward has the widest tile of keys beside them that spills nothing, the backward half of it,
+# because it has two tiles of scores. The rest is what shared memory holds: keys and values, 2 or 3 stages of them.
+_TILES = {
+    ("large", 2, 64): Passes(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3)),
+    ("large", 2, 128): Passes(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
+    ("large", 2, 256): Passes(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2)),
+    ("small", 2, 64): Passes(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+    ("small", 2, 128): Passes(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
+    ("small", 2, 256): Passes(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ("large", 4, 64): Passes(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
+    ("large", 4, 128): Passes(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
+    ("large", 4, 256): Passes(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    ("small", 4, 64): Passes(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
+    ("small", 4, 128): Passes(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    ("small", 4, 256): Passes(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}
+_SEARCH = 256  # sequences looked at together
+_ROWS = 64  # queries of one program that prepares the backward
+
+
+def width_of(q: Tensor) -> int:
+    """The columns of a row of q in a tile: tl.dot wants a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(q.shape[2]))
+
+
+def passes_of(q: Tensor) -> Passes:
+    """large: 227 KiB of shared memory a program; small: every other GPU has 99 KiB at least."""
+    return _TILES["large" if _large(q) else "small", q.element_size(), max(64, width_of(q))]
+
+
+def _large(t: Tensor) -> bool:
+    """sm_90, sm_100, sm_103."""
+    return t.is_cuda and torch.cuda.get_device_capability(t.device)[0] in (9, 10)
+
+
+# -- where things are -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(block, cu_seqlens, sequences, ROWS: tl.constexpr, SEARCH: tl.constexpr):
+    """Of a block of rows: its sequence, where that starts, its length, the block's first row in it (or the length or more)."""
+    s = -1
+    for begin in range(0, sequences, SEARCH):
+        at = begin + tl.arange(0, SEARCH)
+        first = tl.load(cu_seqlens + at, at < sequences, 0) // ROWS + at
+        s += tl.sum(((at < sequences) & (first <= block)).to(tl.int32), 0)
+    start = tl.load(cu_seqlens + s)
+    return s, start, tl.load(cu_seqlens + s + 1) - start, (block - start // ROWS - s) * ROWS
+
+
+@triton.jit
+def _prefix_of(s, start, end, prefix, tokens, inside):
+    """[first, last) of the prefix of sequence s, which has rows [start, end); [0, 0) for one that makes no sense."""
+    first, last = tl.load(prefix + 2 * s, inside, 0), tl.load(prefix + 2 * s + 1, inside, 0)
+    right = (first >= 0) & (first <= last) & (last <= tokens) & (tl.maximum(first, start) >= tl.minimum(last, end))
+    return tl.where(right, first, 0), tl.where(right, last, 0)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def _key_tiles(
+    first, length, ahead, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """a <= b <= c <= d: queries first.. see something of the tiles [a, d) of their keys, all of them everything of [b, c)."""
+    end, whole = length, length
+    if CAUSAL:
+        end, whole = tl.minimum(first + QUERIES, length), first + 1
+    a, b, d = 0, 0, tl.cdiv(ahead + end, KEYS)
+    if WINDOW:
+        a = tl.maximum(first + 1 - window, 0) // KEYS
+        b = _clamp(tl.cdiv(tl.maximum(first + QUERIES - window, 0), KEYS), a, d)
+    return a, b, _clamp((ahead + whole) // KEYS, b, d), d
+
+
+@triton.jit
+def _query_tiles(
+    first, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
+):
+    """a <= b <= c <= d: the tiles [a, d) of queries see some of the keys first.., those in [b, c) all of them."""
+    last = tl.minimum(first + KEYS, length) - 1
+    a, b, end, whole = 0, 0, length, length
+    if CAUSAL:
+        a, b = first // QUERIES, tl.cdiv(last, QUERIES)
+    if WINDOW:
+        end, whole = tl.minimum(length, last + window), tl.minimum(length, first + window)
+    d = tl.cdiv(end, QUERIES)
+    b = _clamp(b, a, d)
+    return a, b, _clamp(whole // QUERIES, b, d), d
+
+
+@triton.jit
+def _edge(i, a, b, c):
+    """The i-th tile of [a, b) and what follows from c."""
+    return tl.where(i < b - a, a + i, c + i - (b - a))
+
+
+@triton.jit
+def _load(at, first, rows, stride, inside, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, WIDTH] of a matrix of DIM columns from row first on, 0 beyond them; MASKED: 0 in the rows that are not inside."""
+    cols = tl.arange(0, WIDTH)
+    at += tl.cast(first, tl.int64) * stride
+    at += rows[:, None] * stride + cols[None, :]
+    if MASKED:
+        x = tl.load(at, inside[:, None] & (cols < DIM)[None, :], 0.0)
+    elif DIM < WIDTH:
+        x = tl.load(at, (cols < DIM)[None, :], 0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@triton.jit
+def _store(at, first, stride, inside, x, DIM: tl.constexpr, WIDTH: tl.constexpr):
+    rows, cols = tl.arange(0, x.shape[0]), tl.arange(0, WIDTH)
+    at += tl.cast(first, tl.int64) * stride
+    at += rows[:, None] * stride + cols[None, :]
+    tl.store(at, x.to(at.dtype.element_ty), inside[:, None] & (cols < DIM)[None, :])
+
+
+@triton.jit
+def _keys(tile, start, prefix_start, ahead, PREFIX: tl.constexpr, KEYS: tl.constexpr):
+    """A tile on the line of keys: the places, and the packed rows that they are, as a first one and what is added to it."""
+    rows = tl.arange(0, KEYS)
+    places = tile * KEYS + rows
+    if PREFIX:
+        first = 0
+        rows = (places + tl.where(places < ahead, prefix_start, start - ahead)).to(tl.int64)
+    else:
+        first = start + tile * KEYS
+    return places, first, rows
+
+
+@triton.jit
+def _visible(places, queries, ahead, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """[queries, places]: who sees what of the line of keys."""
+    if CAUSAL:
+        sees = places[None, :] <= ahead + queries[:, None]
+        if WINDOW:
+            sees &= places[None, :] > queries[:, None] - window
+    else:
+        sees = (places < ahead + length)[None, :] & (queries >= 0)[:, None]
+    return sees
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def check_kernel(cu_seqlens, prefix, valid, faults, sequences, tokens, FAULT: tl.constexpr, SEARCH: tl.constexpr):
+    """valid [1]: whether cu_seqlens is right. Raises FAULT where it is not, FAULT + 1 where a prefix is not."""
+    falls = (tl.load(cu_seqlens) != 0) | (tl.load(cu_seqlens + sequences) != tokens)
+    wrong = tl.zeros_like(falls)
+    for begin in range(0, sequences, SEARCH):
+        s = begin + tl.arange(0, SEARCH)
+        inside = s < sequences
+        start, end = tl.load(cu_seqlens + s, inside, 0), tl.load(cu_seqlens + s + 1, inside, 0)
+        falls |= tl.max((start > end).to(tl.int32), 0) > 0
+        if prefix is not None:
+            first, last = tl.load(prefix + 2 * s, inside, 0), tl.load(prefix + 2 * s + 1, inside, 0)
+            kept_first, kept_last = _prefix_of(s, start, end, prefix, tokens, inside)
+            wrong |= tl.max(((first != kept_first) | (last != kept_last)).to(tl.int32), 0) > 0
+    tl.store(valid, (falls == 0).to(tl.int32))
+    tl.store(faults + FAULT, 1, falls)
+    if prefix is not None:
+        tl.store(faults + FAULT + 1, 1, wrong & (falls == 0))
+
+
+@triton.jit
+def _attend(
+    sums, total, highest, q, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Online softmax: the sums so far move to the new maximum, and one tile of keys joins them."""
+    inside = places < ahead + length
+    x = _load(k, at, rows, k_row, inside, DIM, WIDTH, MASKED)
+    scores = tl.dot(q, x.T, input_precision="ieee")
+    if MASKED:
+        sees = _visible(places, queries, ahead, length, window, CAUSAL, WINDOW)
+        scores = tl.where(sees, scores * power, float("-inf"))
+        now = tl.maximum(highest, tl.max(scores, 1))
+        base = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen nothing yet
+        p = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(highest - base)
+    else:
+        now = tl.maximum(highest, tl.max(scores, 1) * power)
+        p = tl.exp2(scores * power - now[:, None])
+        shrink = tl.exp2(highest - now)
+    total = total * shrink + tl.sum(p, 1)
+    y = _load(v, at, rows, v_row, inside, DIM, WIDTH, MASKED)
+    sums = tl.dot(p.to(y.dtype), y, sums * shrink[:, None], input_precision="ieee")
+    return sums, total, now
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, cu_seqlens, prefix, valid, out, lse, tokens, sequences, blocks, group, window, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """out [T, H, D] and lse [H, T]. Programs: the heads of a key head, its blocks (late ones, which see the most, first), key heads."""
+    pid = tl.program_id(0)
+    block, kv_head = blocks - 1 - pid // group % blocks, pid // group // blocks
+    head = kv_head * group + pid % group
+    out_row = tl.num_programs(0) // blocks * DIM
+    out += head * DIM
+    lse += tl.cast(head, tl.int64) * tokens
+    if tl.load(valid) == 0:
+        absent = block * QUERIES + tl.arange(0, QUERIES)
+        nothing = tl.full([QUERIES, WIDTH], float("nan"), tl.float32)
+        _store(out, block * QUERIES, out_row, absent < tokens, nothing, DIM, WIDTH)
+        tl.store(lse + absent, float("nan"), absent < tokens)
+        return
+    s, start, length, first = _place(block, cu_seqlens, sequences, QUERIES, SEARCH)
+    if first >= length:
+        return
+    PREFIX: tl.constexpr = prefix is not None
+    prefix_start, ahead = 0, 0
+    if PREFIX:
+        prefix_start, prefix_end = _prefix_of(s, start, start + length, prefix, tokens, True)
+        ahead = prefix_end - prefix_start
+    k += tl.cast(kv_head, tl.int64) * k_head
+    v += tl.cast(kv_head, tl.int64) * v_head
+    own = tl.arange(0, QUERIES)
+    queries = first + own
+    inside = queries < length
+    x = _load(q + tl.cast(head, tl.int64) * q_head, start + first, own, q_row, inside, DIM, WIDTH, True)
+    x = tl.where(scale < 0, -x, x)  # so that the largest product is the largest score
+    power = tl.abs(scale) * _LOG2E
+    sums = tl.zeros([QUERIES, WIDTH], tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    a, b, c, d = _key_tiles(first, length, ahead, window, CAUSAL, WINDOW, QUERIES, KEYS)
+    for tile in range(b, c):
+        places, at, rows = _keys(tile, start, prefix_start, ahead, PREFIX, KEYS)
+        sums, total, highest = _attend(
+            sums, total, highest, x, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            CAUSAL, WINDOW, DIM, WIDTH, False,
+        )  # fmt: skip
+    for i in range(b - a + d - c):
+        places, at, rows = _keys(_edge(i, a, b, c), start, prefix_start, ahead, PREFIX, KEYS)
+        sums, total, highest = _attend(
+            sums, total, highest, x, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            CAUSAL, WINDOW, DIM, WIDTH, True,
+        )  # fmt: skip
+    sums /= tl.where(total == 0.0, 1.0, total)[:, None]
+    _store(out, start + first, out_row, inside, sums, DIM, WIDTH)
+    tl.store(lse + start + queries, (highest + tl.log2(total)) * _LN2, inside)
+
+
+@triton.jit
+def rows_kernel(
+    out, grad_out, lse, rows_of, tokens, blocks, g_row, g_head,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """rows_of [2, H, T]: lse in powers of two, +inf for a row that saw nothing (its p is then 0), and sum(out * grad_out)."""
+    block, head = tl.program_id(0) % blocks, tl.cast(tl.program_id(0) // blocks, tl.int64)
+    heads = tl.num_programs(0) // blocks
+    own = tl.arange(0, ROWS)
+    rows = block * ROWS + own
+    inside = rows < tokens
+    x = _load(out + head * DIM, block * ROWS, own, heads * DIM, inside, DIM, WIDTH, True).to(tl.float32)
+    y = _load(grad_out + head * g_head, block * ROWS, own, g_row, inside, DIM, WIDTH, True).to(tl.float32)
+    at = head * tokens + rows
+    normal = tl.load(lse + at, inside, 0.0)
+    tl.store(rows_of + at, tl.where(normal == float("-inf"), float("inf"), normal * _LOG2E), inside)
+    tl.store(rows_of + tl.cast(heads, tl.int64) * tokens + at, tl.sum(x * y, 1), inside)
+
+
+@triton.jit
+def _add_keys(
+    grad, q, g, normal, delta, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The queries' gradient, over scale, from one tile of keys."""
+    inside = places < ahead + length
+    x = _load(k, at, rows, k_row, inside, DIM, WIDTH, MASKED)
+    y = _load(v, at, rows, v_row, inside, DIM, WIDTH, MASKED)
+    p = tl.exp2(tl.dot(q, x.T, input_precision="ieee") * power - normal[:, None])
+    by_score = p * (tl.dot(g, y.T, input_precision="ieee") - delta[:, None])
+    if MASKED:
+        by_score = tl.where(_visible(places, queries, ahead, length, window, CAUSAL, WINDOW), by_score, 0.0)
+    return tl.dot(by_score.to(x.dtype), x, grad, input_precision="ieee")
+
+
+@triton.jit
+def grad_queries_kernel(
+    q, k, v, grad_out, cu_seqlens, prefix, valid, rows_of, grad_q, tokens, sequences, blocks, group, window, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """grad_q [T, H, D], by the programs of forward."""
+    pid = tl.program_id(0)
+    block, kv_head = blocks - 1 - pid // group % blocks, pid // group // blocks
+    head = tl.cast(kv_head * group + pid % group, tl.int64)
+    heads = tl.num_programs(0) // blocks
+    grad_q += head * DIM
+    if tl.load(valid) == 0:
+        absent = block * QUERIES + tl.arange(0, QUERIES)
+        nothing = tl.full([QUERIES, WIDTH], float("nan"), tl.float32)
+        _store(grad_q, block * QUERIES, heads * DIM, absent < tokens, nothing, DIM, WIDTH)
+        return
+    s, start, length, first = _place(block, cu_seqlens, sequences, QUERIES, SEARCH)
+    if first >= length:
+        return
+    PREFIX: tl.constexpr = prefix is not None
+    prefix_start, ahead = 0, 0
+    if PREFIX:
+        prefix_start, prefix_end = _prefix_of(s, start, start + length, prefix, tokens, True)
+        ahead = prefix_end - prefix_start
+    k += tl.cast(kv_head, tl.int64) * k_head
+    v += tl.cast(kv_head, tl.int64) * v_head
+    own = tl.arange(0, QUERIES)
+    queries = first + own
+    inside = queries < length
+    x = _load(q + head * q_head, start + first, own, q_row, inside, DIM, WIDTH, True)
+    g = _load(grad_out + head * g_head, start + first, own, g_row, inside, DIM, WIDTH, True)
+    rows_of += head * tokens + start
+    normal = tl.load(rows_of + queries, inside, float("inf"))
+    delta = tl.load(rows_of + tl.cast(heads, tl.int64) * tokens + queries, inside, 0.0)
+    power = scale * _LOG2E
+    grad = tl.zeros([QUERIES, WIDTH], tl.float32)
+    a, b, c, d = _key_tiles(first, length, ahead, window, CAUSAL, WINDOW, QUERIES, KEYS)
+    for tile in range(b, c):
+        places, at, rows = _keys(tile, start, prefix_start, ahead, PREFIX, KEYS)
+        grad = _add_keys(
+            grad, x, g, normal, delta, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            CAUSAL, WINDOW, DIM, WIDTH, False,
+        )  # fmt: skip
+    for i in range(b - a + d - c):
+        places, at, rows = _keys(_edge(i, a, b, c), start, prefix_start, ahead, PREFIX, KEYS)
+        grad = _add_keys(
+            grad, x, g, normal, delta, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            CAUSAL, WINDOW, DIM, WIDTH, True,
+        )  # fmt: skip
+    _store(grad_q, start + first, heads * DIM, inside, grad * scale, DIM, WIDTH)
+
+
+@triton.jit
+def _add_queries(
+    grad_k, grad_v, k, v, q, g, rows_of, head, heads, tile,
+    start, length, since, until, tokens, power, q_row, q_head, g_row, g_head,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of keys (over scale) and values from a head's tile of queries; a key is seen from query since to before until."""
+    rows = tl.arange(0, QUERIES)
+    queries, at = tile * QUERIES + rows, start + tile * QUERIES
+    inside = queries < length
+    x = _load(q + head * q_head, at, rows, q_row, inside, DIM, WIDTH, MASKED)
+    y = _load(g + head * g_head, at, rows, g_row, inside, DIM, WIDTH, MASKED)
+    normal = rows_of + head * tokens + at
+    delta = normal + tl.cast(heads, tl.int64) * tokens
+    if MASKED:
+        high, low = tl.load(normal + rows, inside, float("inf")), tl.load(delta + rows, inside, 0.0)
+    else:
+        high, low = tl.load(normal + rows), tl.load(delta + rows)
+    p = tl.exp2(tl.dot(k, x.T, input_precision="ieee") * power - high[None, :])  # [keys, queries]
+    if MASKED:
+        sees = (queries[None, :] >= since[:, None]) & (queries[None, :] < until[:, None])
+        p = tl.where(sees, p, 0.0)
+    grad_v = tl.dot(p.to(y.dtype), y, grad_v, input_precision="ieee")
+    by_score = p * (tl.dot(v, y.T, input_precision="ieee") - low[None, :])
+    if MASKED:
+        by_score = tl.where(sees, by_score, 0.0)
+    return tl.dot(by_score.to(x.dtype), x, grad_k, input_precision="ieee"), grad_v
+
+
+@triton.jit
+def _readers(first, last, cu_seqlens, prefix, sequences, tokens, SEARCH: tl.constexpr):
+    """The first sequence whose prefix has some of the packed rows [first, last), and how many there are from it to the last such."""
+    lowest, highest = sequences, -1
+    for begin in range(0, sequences, SEARCH):
+        s = begin + tl.arange(0, SEARCH)
+        inside = s < sequences
+        start, end = tl.load(cu_seqlens + s, inside, 0), tl.load(cu_seqlens + s + 1, inside, 0)
+        prefix_start, prefix_end = _prefix_of(s, start, end, prefix, tokens, inside)
+        reads = tl.maximum(prefix_start, first) < tl.minimum(prefix_end, last)
+        lowest = tl.minimum(lowest, tl.min(tl.where(reads, s, sequences), 0))
+        highest = tl.maximum(highest, tl.max(tl.where(reads, s, -1), 0))
+    return lowest, tl.maximum(highest + 1 - lowest, 0)
+
+
+@triton.jit
+def _reader(s, first, last, cu_seqlens, prefix, tokens, QUERIES: tl.constexpr):
+    """Start, length and prefix of sequence s; its tiles [b, c) that see all of the packed rows [first, last), [0, d) some."""
+    start = tl.load(cu_seqlens + s)
+    length = tl.load(cu_seqlens + s + 1) - start
+    prefix_start, prefix_end = _prefix_of(s, start, start + length, prefix, tokens, True)
+    reads = tl.maximum(prefix_start, first) < tl.minimum(prefix_end, last)
+    d = tl.where(reads, tl.cdiv(length, QUERIES), 0)
+    b = tl.where((prefix_start <= first) & (last <= prefix_end), 0, d)
+    return start, length, prefix_start, prefix_end, b, _clamp(length // QUERIES, b, d), d
+
+
+@triton.jit
+def grad_keys_kernel(
+    q, k, v, grad_out, cu_seqlens, prefix, valid, rows_of, grad_k, grad_v, tokens, sequences, blocks, group, window, scale,
+    q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEARCH: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v [T, Hkv, D]. Programs: the blocks of a key head (early ones, which most see, first), key heads."""
+    block, kv_head = tl.program_id(0) % blocks, tl.cast(tl.program_id(0) // blocks, tl.int64)
+    kv_heads = tl.num_programs(0) // blocks
+    grad_k += kv_head * DIM
+    grad_v += kv_head * DIM
+    grad_row = kv_heads * DIM
+    if tl.load(valid) == 0:
+        absent = block * KEYS + tl.arange(0, KEYS)
+        nothing = tl.full([KEYS, WIDTH], float("nan"), tl.float32)
+        _store(grad_k, block * KEYS, grad_row, absent < tokens, nothing, DIM, WIDTH)
+        _store(grad_v, block * KEYS, grad_row, absent < tokens, nothing, DIM, WIDTH)
+        return
+    own, own_start, own_length, first = _place(block, cu_seqlens, sequences, KEYS, SEARCH)
+    if first >= own_length:
+        return
+    rows = tl.arange(0, KEYS)
+    keys = first + rows
+    inside = keys < own_length
+    x = _load(k + kv_head * k_head, own_start + first, rows, k_row, inside, DIM, WIDTH, True)
+    y = _load(v + kv_head * v_head, own_start + first, rows, v_row, inside, DIM, WIDTH, True)
+    power = scale * _LOG2E
+    sum_k = tl.zeros([KEYS, WIDTH], tl.float32)
+    sum_v = tl.zeros([KEYS, WIDTH], tl.float32)
+    PREFIX: tl.constexpr = prefix is not None
+    own_a, own_b, own_c, own_d = _query_tiles(first, own_length, window, CAUSAL, WINDOW, QUERIES, KEYS)
+    own_since, own_until = tl.zeros([KEYS], tl.int32), tl.zeros([KEYS], tl.int32) + own_length
+    if CAUSAL:
+        own_since = keys
+    if WINDOW:
+        own_until = tl.minimum(keys + window, own_length)
+    head, heads = kv_head * group, kv_heads * group
+    begin, end, reader, readers = own_start + first, own_start + tl.minimum(first + KEYS, own_length), 0, 0
+    if PREFIX:
+        reader, readers = _readers(begin, end, cu_seqlens, prefix, sequences, tokens, SEARCH)
+    for i in range(1 + readers):
+        start, length, a, b, c, d = own_start, own_length, own_a, own_b, own_c, own_d
+        since, until = own_since, own_until
+        if PREFIX:
+            start, length, prefix_start, prefix_end, other_b, other_c, other_d = _reader(
+                tl.where(i == 0, own, reader + i - 1), begin, end, cu_seqlens, prefix, tokens, QUERIES
+            )
+            a, b = tl.where(i == 0, a, 0), tl.where(i == 0, b, other_b)
+            c, d = tl.where(i == 0, c, other_c), tl.where(i == 0, d, other_d)
+            since = tl.where(i == 0, since, 0)
+            until = tl.where(
+                i == 0, until, tl.where((begin + rows >= prefix_start) & (begin + rows < prefix_end), length, 0)
+            )
+        # one loop over all heads: the loads of the next one are under way before this one's last product
+        whole, edges = c - b, b - a + d - c
+        for n in range(group * whole):
+            sum_k, sum_v = _add_queries(
+                sum_k, sum_v, x, y, q, grad_out, rows_of, head + n // whole, heads, b + n % whole,
+                start, length, since, until, tokens, power, q_row, q_head, g_row, g_head, DIM, WIDTH, QUERIES, False,
+            )  # fmt: skip
+        for n in range(group * edges):
+            sum_k, sum_v = _add_queries(
+                sum_k, sum_v, x, y, q, grad_out, rows_of, head + n // edges, heads, _edge(n % edges, a, b, c),
+                start, length, since, until, tokens, power, q_row, q_head, g_row, g_head, DIM, WIDTH, QUERIES, True,
+            )  # fmt: skip
+    _store(grad_k, own_start + first, grad_row, inside, sum_k * scale, DIM, WIDTH)
+    _store(grad_v, own_start + first, grad_row, inside, sum_v, DIM, WIDTH)
+
+
+# -- launchers --------------------------------------------------------------------------------------------------------------
+
+
+def _check(cu_seqlens: Tensor, prefix: Tensor | None, tokens: int, faults: Tensor, fault: int) -> Tensor:
+    """int32 ``[1]``: 0 where cu_seqlens is wrong."""
+    valid = torch.empty(1, dtype=torch.int32, device=cu_seqlens.device)
+    check_kernel[(1,)](
+        cu_seqlens, prefix, valid, faults, len(cu_seqlens) - 1, tokens, FAULT=fault, SEARCH=_SEARCH, num_warps=4
+    )
+    return valid
+
+
+def _blocks(tokens: int, cu_seqlens: Tensor, rows: int) -> int:
+    """So many blocks of rows have room for those of every sequence, whatever their lengths; 1 more than none where there are none."""
+    return tokens // rows + max(len(cu_seqlens) - 1, 1)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _shape(q: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
+    return {"CAUSAL": causal, "WINDOW": window is not None, "DIM": q.shape[2], "WIDTH": width_of(q), "SEARCH": _SEARCH}
+
+
+def _reach(window: int | None) -> int:
+    """The window as an int32 that is far from the largest."""
+    return 0 if window is None else min(window, 1 << 30)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    faults: Tensor,
+    fault: int,
+) -> tuple[Tensor, Tensor]:
+    """out ``[T, H, D]`` and lse ``[H, T]``; raises ``faults[fault]`` for wrong cu_seqlens, the next for a wrong prefix.
+
+    Rows of q, k, v are contiguous, what lies between them does not matter; window >= 1.
+    """
+    (tokens, heads, _), kv_heads, tiles = q.shape, k.shape[1], passes_of(q).forward
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    blocks = _blocks(tokens, cu_seqlens, tiles.queries)
+    with torch.cuda.device_of(q):
+        valid = _check(cu_seqlens, prefix, tokens, faults, fault)
+        if tokens:
+            forward_kernel[(blocks * heads,)](
+                q, k, v, cu_seqlens, prefix, valid, out, lse, tokens, len(cu_seqlens) - 1, blocks, heads // kv_heads,
+                _reach(window), scale, *_strides(q, k, v), **_shape(q, causal, window), **tiles.options(),
+            )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    faults: Tensor,
+    fault: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients by q, k and v. Of the inputs, rows of grad_out, q, k, v are contiguous, out and lse altogether."""
+    (tokens, heads, dim), kv_heads, passes = q.shape, k.shape[1], passes_of(q)
+    grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if tokens == 0:
+        return grad_q, grad_k, grad_v
+    rows_of = torch.empty((2, heads, tokens), dtype=torch.float32, device=q.device)
+    sequences, shape, strides = len(cu_seqlens) - 1, _shape(q, causal, window), _strides(q, k, v, grad_out)
+    numbers = (heads // kv_heads, _reach(window), scale)
+    with torch.cuda.device_of(q):
+        valid = _check(cu_seqlens, prefix, tokens, faults, fault)
+        blocks = triton.cdiv(tokens, _ROWS)
+        rows_kernel[(blocks * heads,)](
+            out, grad_out, lse, rows_of, tokens, blocks, *_strides(grad_out), DIM=dim, WIDTH=width_of(q), ROWS=_ROWS,
+        )  # fmt: skip
+        given = (q, k, v, grad_out, cu_seqlens, prefix, valid, rows_of)
+        blocks = _blocks(tokens, cu_seqlens, passes.by_key.keys)
+        grad_keys_kernel[(blocks * kv_heads,)](
+            *given, grad_k, grad_v, tokens, sequences, blocks, *numbers, *strides, **shape, **passes.by_key.options()
+        )
+        blocks = _blocks(tokens, cu_seqlens, passes.by_query.queries)
+        grad_queries_kernel[(blocks * heads,)](
+            *given, grad_q, tokens, sequences, blocks, *numbers, *strides, **shape, **passes.by_query.options()
+        )
+    return grad_q, grad_k, grad_v
