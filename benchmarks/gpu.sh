@@ -36,7 +36,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
     echo "compute-sanitizer is not here: left out"
 fi
-for benchmark in benchmarks/bench_{launch,gae,ppo_loss,ranking_loss,sample,decode_attention,rotary,rms_norm,layer_norm,activation,linear_logprob}.py; do
+for benchmark in benchmarks/bench_{launch,gae,ppo_loss,ranking_loss,sample,decode_attention,rotary,rms_norm,layer_norm,activation,linear_logprob,attention}.py; do
     step "$(basename "$benchmark" .py)" 60 "$python" "$benchmark"
 done
 
