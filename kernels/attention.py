@@ -17,6 +17,7 @@ Invariants:
   or an infinity in a row of v, q or the upstream gradient can spoil what shares a tile with it, as in any product with zeros.
 - Offsets are checked on the device first. Wrong cu_seqlens: a fault, and every result is NaN. A prefix that is no range of
   rows outside its sequence: a fault, and it counts as empty.
+- Operands of the interior come by TMA or by pointers, with the same bits.
 - Beside outputs and gradients: 8 bytes a query and head in the backward.
 """
 
@@ -28,22 +29,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _LOG2E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two: e^x = 2^(x log2 e)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Tiles(NamedTuple):
-    """A tile of scores, queries x keys; and how it is run."""
+    """A tile of scores, queries x keys; and how it is run.
+
+    edge: the keys (by_key: queries) of a tile with masks, which take registers too.
+    """
 
     queries: int
     keys: int
+    edge: int
     warps: int
     stages: int
 
     def options(self) -> dict[str, int]:
         """Of a launch."""
-        return {"QUERIES": self.queries, "KEYS": self.keys, "num_warps": self.warps, "num_stages": self.stages}
+        shape = {"QUERIES": self.queries, "KEYS": self.keys, "EDGE": self.edge}
+        return {**shape, "num_warps": self.warps, "num_stages": self.stages}
 
 
 class Passes(NamedTuple):
@@ -54,22 +61,22 @@ class Passes(NamedTuple):
     by_key: Tiles
 
 
-# By dtype's bytes and the width of a row of q (D up to the next power of two). Two warpgroups hold 128 queries' outputs and
-# their scores in registers; forward has the widest tile of keys beside them that spills nothing, the backward half of it,
-# because it has two tiles of scores. The rest is what shared memory holds: keys and values, 2 or 3 stages of them.
+# By dtype's bytes and the width of a row of q (D up to the next power of two). Two warpgroups hold the sums of 128 queries, or
+# of 128 keys, and their scores in registers, which decide how long the other side is: nothing is spilled in bfloat16 up to
+# D 128. The rest is what shared memory holds, and stages of loads under way. float32's products are plain FMAs (no TF32).
 _TILES = {
-    ("large", 2, 64): Passes(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3)),
-    ("large", 2, 128): Passes(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(32, 128, 8, 2)),
-    ("large", 2, 256): Passes(Tiles(128, 32, 8, 2), Tiles(128, 32, 8, 2), Tiles(32, 64, 8, 2)),
-    ("small", 2, 64): Passes(Tiles(128, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
-    ("small", 2, 128): Passes(Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2)),
-    ("small", 2, 256): Passes(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    ("large", 4, 64): Passes(Tiles(64, 64, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
-    ("large", 4, 128): Passes(Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(32, 64, 8, 2)),
-    ("large", 4, 256): Passes(Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2), Tiles(32, 32, 8, 2)),
-    ("small", 4, 64): Passes(Tiles(64, 64, 8, 1), Tiles(64, 32, 8, 1), Tiles(32, 64, 8, 1)),
-    ("small", 4, 128): Passes(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
-    ("small", 4, 256): Passes(Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    ("large", 2, 64): Passes(Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 32, 8, 3)),
+    ("large", 2, 128): Passes(Tiles(128, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2), Tiles(32, 128, 16, 8, 3)),
+    ("large", 2, 256): Passes(Tiles(128, 32, 32, 8, 2), Tiles(128, 32, 32, 8, 2), Tiles(32, 64, 16, 8, 2)),
+    ("small", 2, 64): Passes(Tiles(128, 64, 32, 4, 3), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
+    ("small", 2, 128): Passes(Tiles(128, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2)),
+    ("small", 2, 256): Passes(Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
+    ("large", 4, 64): Passes(Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
+    ("large", 4, 128): Passes(Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
+    ("large", 4, 256): Passes(Tiles(32, 32, 32, 8, 2), Tiles(32, 32, 32, 8, 2), Tiles(32, 32, 32, 8, 2)),
+    ("small", 4, 64): Passes(Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 64, 32, 8, 1)),
+    ("small", 4, 128): Passes(Tiles(64, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
+    ("small", 4, 256): Passes(Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
 }
 _SEARCH = 256  # sequences looked at together
 _ROWS = 64  # queries of one program that prepares the backward
@@ -114,45 +121,52 @@ def _prefix_of(s, start, end, prefix, tokens, inside):
 
 
 @triton.jit
-def _clamp(x, low, high):
-    return tl.minimum(tl.maximum(x, low), high)
+def _parts(low, whole_low, whole_high, high, TILE: tl.constexpr, EDGE: tl.constexpr):
+    """Tiles over [low, high), of which [whole_low, whole_high) needs no masks.
+
+    Those without are [b, c), TILE wide. Those with are EDGE wide, and so many as the last number says: as `_edge` counts them.
+    """
+    b = tl.cdiv(whole_low, TILE)
+    c = tl.maximum(whole_high // TILE, b)
+    first = low // EDGE
+    before = tl.where(b < c, b * (TILE // EDGE) - first, 0)
+    after = tl.where(b < c, c * (TILE // EDGE), first)
+    return b, c, first, before, after, tl.maximum(before + tl.cdiv(high, EDGE) - after, 0)
 
 
 @triton.jit
-def _key_tiles(
-    first, length, ahead, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):
-    """a <= b <= c <= d: queries first.. see something of the tiles [a, d) of their keys, all of them everything of [b, c)."""
-    end, whole = length, length
+def _edge(i, first, before, after):
+    """The i-th tile on an edge: so many from the first before the interior, the others after it."""
+    return tl.where(i < before, first + i, after + i - before)
+
+
+@triton.jit
+def _key_parts(
+    first, length, ahead, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """`_parts` of the line of keys that the queries first.. see, without masks where all of them do."""
+    low, whole_low, whole_high, high = 0, 0, length, length
     if CAUSAL:
-        end, whole = tl.minimum(first + QUERIES, length), first + 1
-    a, b, d = 0, 0, tl.cdiv(ahead + end, KEYS)
+        whole_high, high = first + 1, tl.minimum(first + QUERIES, length)
     if WINDOW:
-        a = tl.maximum(first + 1 - window, 0) // KEYS
-        b = _clamp(tl.cdiv(tl.maximum(first + QUERIES - window, 0), KEYS), a, d)
-    return a, b, _clamp((ahead + whole) // KEYS, b, d), d
+        low, whole_low = tl.maximum(first + 1 - window, 0), tl.maximum(first + QUERIES - window, 0)
+    return _parts(low, whole_low, ahead + whole_high, ahead + high, KEYS, EDGE)
 
 
 @triton.jit
-def _query_tiles(
-    first, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr
-):
-    """a <= b <= c <= d: the tiles [a, d) of queries see some of the keys first.., those in [b, c) all of them."""
+def _query_parts(
+    first, length, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr,
+):  # fmt: skip
+    """`_parts` of the queries of a sequence that see its keys first.., without masks where they see all of these."""
     last = tl.minimum(first + KEYS, length) - 1
-    a, b, end, whole = 0, 0, length, length
+    low, whole_low, whole_high, high = 0, 0, length, length
     if CAUSAL:
-        a, b = first // QUERIES, tl.cdiv(last, QUERIES)
+        low, whole_low = first, last
     if WINDOW:
-        end, whole = tl.minimum(length, last + window), tl.minimum(length, first + window)
-    d = tl.cdiv(end, QUERIES)
-    b = _clamp(b, a, d)
-    return a, b, _clamp(whole // QUERIES, b, d), d
-
-
-@triton.jit
-def _edge(i, a, b, c):
-    """The i-th tile of [a, b) and what follows from c."""
-    return tl.where(i < b - a, a + i, c + i - (b - a))
+        whole_high, high = tl.minimum(length, first + window), tl.minimum(length, last + window)
+    return _parts(low, whole_low, whole_high, high, QUERIES, EDGE)
 
 
 @triton.jit
@@ -228,12 +242,16 @@ def check_kernel(cu_seqlens, prefix, valid, faults, sequences, tokens, FAULT: tl
 
 @triton.jit
 def _attend(
-    sums, total, highest, q, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+    sums, total, highest, q, k, v, k_tiles, v_tiles, column, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax: the sums so far move to the new maximum, and one tile of keys joins them."""
     inside = places < ahead + length
-    x = _load(k, at, rows, k_row, inside, DIM, WIDTH, MASKED)
+    if k_tiles is not None:
+        x, y = k_tiles.load([at, column]), v_tiles.load([at, column])
+    else:
+        x = _load(k, at, rows, k_row, inside, DIM, WIDTH, MASKED)
+        y = _load(v, at, rows, v_row, inside, DIM, WIDTH, MASKED)
     scores = tl.dot(q, x.T, input_precision="ieee")
     if MASKED:
         sees = _visible(places, queries, ahead, length, window, CAUSAL, WINDOW)
@@ -247,17 +265,16 @@ def _attend(
         p = tl.exp2(scores * power - now[:, None])
         shrink = tl.exp2(highest - now)
     total = total * shrink + tl.sum(p, 1)
-    y = _load(v, at, rows, v_row, inside, DIM, WIDTH, MASKED)
     sums = tl.dot(p.to(y.dtype), y, sums * shrink[:, None], input_precision="ieee")
     return sums, total, now
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, cu_seqlens, prefix, valid, out, lse, tokens, sequences, blocks, group, window, scale,
+    q, k, v, k_tiles, v_tiles, cu_seqlens, prefix, valid, out, lse, tokens, sequences, blocks, group, window, scale,
     q_row, q_head, k_row, k_head, v_row, v_head,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEARCH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """out [T, H, D] and lse [H, T]. Programs: the heads of a key head, its blocks (late ones, which see the most, first), key heads."""
     pid = tl.program_id(0)
@@ -291,17 +308,17 @@ def forward_kernel(
     sums = tl.zeros([QUERIES, WIDTH], tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     highest = tl.full([QUERIES], float("-inf"), tl.float32)
-    a, b, c, d = _key_tiles(first, length, ahead, window, CAUSAL, WINDOW, QUERIES, KEYS)
+    b, c, edge, before, after, edges = _key_parts(first, length, ahead, window, CAUSAL, WINDOW, QUERIES, KEYS, EDGE)
     for tile in range(b, c):
         places, at, rows = _keys(tile, start, prefix_start, ahead, PREFIX, KEYS)
         sums, total, highest = _attend(
-            sums, total, highest, x, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            sums, total, highest, x, k, v, k_tiles, v_tiles, kv_head * DIM, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
             CAUSAL, WINDOW, DIM, WIDTH, False,
         )  # fmt: skip
-    for i in range(b - a + d - c):
-        places, at, rows = _keys(_edge(i, a, b, c), start, prefix_start, ahead, PREFIX, KEYS)
+    for i in range(edges):
+        places, at, rows = _keys(_edge(i, edge, before, after), start, prefix_start, ahead, PREFIX, EDGE)
         sums, total, highest = _attend(
-            sums, total, highest, x, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            sums, total, highest, x, k, v, None, None, 0, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
             CAUSAL, WINDOW, DIM, WIDTH, True,
         )  # fmt: skip
     sums /= tl.where(total == 0.0, 1.0, total)[:, None]
@@ -330,13 +347,16 @@ def rows_kernel(
 
 @triton.jit
 def _add_keys(
-    grad, q, g, normal, delta, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+    grad, q, g, normal, delta, k, v, k_tiles, v_tiles, column, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The queries' gradient, over scale, from one tile of keys."""
     inside = places < ahead + length
-    x = _load(k, at, rows, k_row, inside, DIM, WIDTH, MASKED)
-    y = _load(v, at, rows, v_row, inside, DIM, WIDTH, MASKED)
+    if k_tiles is not None:
+        x, y = k_tiles.load([at, column]), v_tiles.load([at, column])
+    else:
+        x = _load(k, at, rows, k_row, inside, DIM, WIDTH, MASKED)
+        y = _load(v, at, rows, v_row, inside, DIM, WIDTH, MASKED)
     p = tl.exp2(tl.dot(q, x.T, input_precision="ieee") * power - normal[:, None])
     by_score = p * (tl.dot(g, y.T, input_precision="ieee") - delta[:, None])
     if MASKED:
@@ -346,10 +366,10 @@ def _add_keys(
 
 @triton.jit
 def grad_queries_kernel(
-    q, k, v, grad_out, cu_seqlens, prefix, valid, rows_of, grad_q, tokens, sequences, blocks, group, window, scale,
+    q, k, v, grad_out, k_tiles, v_tiles, cu_seqlens, prefix, valid, rows_of, grad_q, tokens, sequences, blocks, group, window, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEARCH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """grad_q [T, H, D], by the programs of forward."""
     pid = tl.program_id(0)
@@ -382,17 +402,17 @@ def grad_queries_kernel(
     delta = tl.load(rows_of + tl.cast(heads, tl.int64) * tokens + queries, inside, 0.0)
     power = scale * _LOG2E
     grad = tl.zeros([QUERIES, WIDTH], tl.float32)
-    a, b, c, d = _key_tiles(first, length, ahead, window, CAUSAL, WINDOW, QUERIES, KEYS)
+    b, c, edge, before, after, edges = _key_parts(first, length, ahead, window, CAUSAL, WINDOW, QUERIES, KEYS, EDGE)
     for tile in range(b, c):
         places, at, rows = _keys(tile, start, prefix_start, ahead, PREFIX, KEYS)
         grad = _add_keys(
-            grad, x, g, normal, delta, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            grad, x, g, normal, delta, k, v, k_tiles, v_tiles, kv_head * DIM, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
             CAUSAL, WINDOW, DIM, WIDTH, False,
         )  # fmt: skip
-    for i in range(b - a + d - c):
-        places, at, rows = _keys(_edge(i, a, b, c), start, prefix_start, ahead, PREFIX, KEYS)
+    for i in range(edges):
+        places, at, rows = _keys(_edge(i, edge, before, after), start, prefix_start, ahead, PREFIX, EDGE)
         grad = _add_keys(
-            grad, x, g, normal, delta, k, v, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
+            grad, x, g, normal, delta, k, v, None, None, 0, places, at, rows, queries, ahead, length, window, power, k_row, v_row,
             CAUSAL, WINDOW, DIM, WIDTH, True,
         )  # fmt: skip
     _store(grad_q, start + first, heads * DIM, inside, grad * scale, DIM, WIDTH)
@@ -400,7 +420,7 @@ def grad_queries_kernel(
 
 @triton.jit
 def _add_queries(
-    grad_k, grad_v, k, v, q, g, rows_of, head, heads, tile,
+    grad_k, grad_v, k, v, q, g, q_tiles, g_tiles, rows_of, head, heads, tile,
     start, length, since, until, tokens, power, q_row, q_head, g_row, g_head,
     DIM: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -408,22 +428,26 @@ def _add_queries(
     rows = tl.arange(0, QUERIES)
     queries, at = tile * QUERIES + rows, start + tile * QUERIES
     inside = queries < length
-    x = _load(q + head * q_head, at, rows, q_row, inside, DIM, WIDTH, MASKED)
-    y = _load(g + head * g_head, at, rows, g_row, inside, DIM, WIDTH, MASKED)
+    if q_tiles is not None:
+        column = head.to(tl.int32) * DIM
+        x, y = q_tiles.load([at, column]), g_tiles.load([at, column])
+    else:
+        x = _load(q + head * q_head, at, rows, q_row, inside, DIM, WIDTH, MASKED)
+        y = _load(g + head * g_head, at, rows, g_row, inside, DIM, WIDTH, MASKED)
     normal = rows_of + head * tokens + at
     delta = normal + tl.cast(heads, tl.int64) * tokens
     if MASKED:
         high, low = tl.load(normal + rows, inside, float("inf")), tl.load(delta + rows, inside, 0.0)
     else:
         high, low = tl.load(normal + rows), tl.load(delta + rows)
-    p = tl.exp2(tl.dot(k, x.T, input_precision="ieee") * power - high[None, :])  # [keys, queries]
+    scores = tl.dot(k, x.T, input_precision="ieee")  # [keys, queries]
+    by_p = tl.dot(v, y.T, input_precision="ieee")  # under way while p is made
+    p = tl.exp2(scores * power - high[None, :])
+    by_score = p * (by_p - low[None, :])
     if MASKED:
         sees = (queries[None, :] >= since[:, None]) & (queries[None, :] < until[:, None])
-        p = tl.where(sees, p, 0.0)
+        p, by_score = tl.where(sees, p, 0.0), tl.where(sees, by_score, 0.0)
     grad_v = tl.dot(p.to(y.dtype), y, grad_v, input_precision="ieee")
-    by_score = p * (tl.dot(v, y.T, input_precision="ieee") - low[None, :])
-    if MASKED:
-        by_score = tl.where(sees, by_score, 0.0)
     return tl.dot(by_score.to(x.dtype), x, grad_k, input_precision="ieee"), grad_v
 
 
@@ -443,23 +467,22 @@ def _readers(first, last, cu_seqlens, prefix, sequences, tokens, SEARCH: tl.cons
 
 
 @triton.jit
-def _reader(s, first, last, cu_seqlens, prefix, tokens, QUERIES: tl.constexpr):
-    """Start, length and prefix of sequence s; its tiles [b, c) that see all of the packed rows [first, last), [0, d) some."""
+def _reader(s, first, last, cu_seqlens, prefix, tokens, QUERIES: tl.constexpr, EDGE: tl.constexpr):
+    """Start, length and prefix of sequence s, and `_parts` of its queries, which may see some of the packed rows [first, last)."""
     start = tl.load(cu_seqlens + s)
     length = tl.load(cu_seqlens + s + 1) - start
     prefix_start, prefix_end = _prefix_of(s, start, start + length, prefix, tokens, True)
-    reads = tl.maximum(prefix_start, first) < tl.minimum(prefix_end, last)
-    d = tl.where(reads, tl.cdiv(length, QUERIES), 0)
-    b = tl.where((prefix_start <= first) & (last <= prefix_end), 0, d)
-    return start, length, prefix_start, prefix_end, b, _clamp(length // QUERIES, b, d), d
+    high = tl.where(tl.maximum(prefix_start, first) < tl.minimum(prefix_end, last), length, 0)
+    whole = tl.where((prefix_start <= first) & (last <= prefix_end), high, 0)
+    return start, length, prefix_start, prefix_end, _parts(0, 0, whole, high, QUERIES, EDGE)
 
 
 @triton.jit
 def grad_keys_kernel(
-    q, k, v, grad_out, cu_seqlens, prefix, valid, rows_of, grad_k, grad_v, tokens, sequences, blocks, group, window, scale,
+    q, k, v, grad_out, q_tiles, g_tiles, cu_seqlens, prefix, valid, rows_of, grad_k, grad_v, tokens, sequences, blocks, group, window, scale,
     q_row, q_head, k_row, k_head, v_row, v_head, g_row, g_head,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, SEARCH: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, EDGE: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v [T, Hkv, D]. Programs: the blocks of a key head (early ones, which most see, first), key heads."""
     block, kv_head = tl.program_id(0) % blocks, tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -485,7 +508,7 @@ def grad_keys_kernel(
     sum_k = tl.zeros([KEYS, WIDTH], tl.float32)
     sum_v = tl.zeros([KEYS, WIDTH], tl.float32)
     PREFIX: tl.constexpr = prefix is not None
-    own_a, own_b, own_c, own_d = _query_tiles(first, own_length, window, CAUSAL, WINDOW, QUERIES, KEYS)
+    own_parts = _query_parts(first, own_length, window, CAUSAL, WINDOW, QUERIES, KEYS, EDGE)
     own_since, own_until = tl.zeros([KEYS], tl.int32), tl.zeros([KEYS], tl.int32) + own_length
     if CAUSAL:
         own_since = keys
@@ -496,29 +519,28 @@ def grad_keys_kernel(
     if PREFIX:
         reader, readers = _readers(begin, end, cu_seqlens, prefix, sequences, tokens, SEARCH)
     for i in range(1 + readers):
-        start, length, a, b, c, d = own_start, own_length, own_a, own_b, own_c, own_d
-        since, until = own_since, own_until
+        start, length, since, until = own_start, own_length, own_since, own_until
+        b, c, edge, before, after, edges = own_parts
         if PREFIX:
-            start, length, prefix_start, prefix_end, other_b, other_c, other_d = _reader(
-                tl.where(i == 0, own, reader + i - 1), begin, end, cu_seqlens, prefix, tokens, QUERIES
+            start, length, prefix_start, prefix_end, parts = _reader(
+                tl.where(i == 0, own, reader + i - 1), begin, end, cu_seqlens, prefix, tokens, QUERIES, EDGE
             )
-            a, b = tl.where(i == 0, a, 0), tl.where(i == 0, b, other_b)
-            c, d = tl.where(i == 0, c, other_c), tl.where(i == 0, d, other_d)
+            if i > 0:
+                b, c, edge, before, after, edges = parts
+            in_prefix = (begin + rows >= prefix_start) & (begin + rows < prefix_end)
             since = tl.where(i == 0, since, 0)
-            until = tl.where(
-                i == 0, until, tl.where((begin + rows >= prefix_start) & (begin + rows < prefix_end), length, 0)
-            )
+            until = tl.where(i == 0, until, tl.where(in_prefix, length, 0))
         # one loop over all heads: the loads of the next one are under way before this one's last product
-        whole, edges = c - b, b - a + d - c
-        for n in range(group * whole):
+        for n in range(group * (c - b)):
             sum_k, sum_v = _add_queries(
-                sum_k, sum_v, x, y, q, grad_out, rows_of, head + n // whole, heads, b + n % whole,
+                sum_k, sum_v, x, y, q, grad_out, q_tiles, g_tiles, rows_of, head + n // (c - b), heads, b + n % (c - b),
                 start, length, since, until, tokens, power, q_row, q_head, g_row, g_head, DIM, WIDTH, QUERIES, False,
             )  # fmt: skip
         for n in range(group * edges):
             sum_k, sum_v = _add_queries(
-                sum_k, sum_v, x, y, q, grad_out, rows_of, head + n // edges, heads, _edge(n % edges, a, b, c),
-                start, length, since, until, tokens, power, q_row, q_head, g_row, g_head, DIM, WIDTH, QUERIES, True,
+                sum_k, sum_v, x, y, q, grad_out, None, None, rows_of, head + n // edges, heads,
+                _edge(n % edges, edge, before, after),
+                start, length, since, until, tokens, power, q_row, q_head, g_row, g_head, DIM, WIDTH, EDGE, True,
             )  # fmt: skip
     _store(grad_k, own_start + first, grad_row, inside, sum_k * scale, DIM, WIDTH)
     _store(grad_v, own_start + first, grad_row, inside, sum_v, DIM, WIDTH)
@@ -543,6 +565,27 @@ def _blocks(tokens: int, cu_seqlens: Tensor, rows: int) -> int:
 
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _tiles(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """These as TMA (sm_90) reads them, that many rows of a head at a time; None each where one of them does not suit it.
+
+    TMA takes addresses out of the registers and the loads out of the instruction stream, for whole tiles of rows that lie
+    together. It needs rows of whole 16 bytes, heads side by side (it sees a matrix, a head being some of its columns), and no
+    columns beyond D in a tile. float32, whose products are plain FMAs, would gain nothing.
+    """
+    fits = all(
+        x.element_size() == 2
+        and x.shape[2] == width_of(x)
+        and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
+        and x.stride(0) % 8 == 0
+        and x.data_ptr() % 16 == 0
+        for x in tensors
+    )
+    if not (fits and _large(tensors[0])):
+        return [None] * len(tensors)
+    matrices = (x.as_strided((x.shape[0], x.shape[1] * x.shape[2]), (x.stride(0), 1)) for x in tensors)
+    return [TensorDescriptor.from_tensor(x, [rows, tensors[0].shape[2]]) for x in matrices]
 
 
 def _shape(q: Tensor, causal: bool, window: int | None) -> dict[str, Any]:
@@ -577,8 +620,10 @@ def forward(
     with torch.cuda.device_of(q):
         valid = _check(cu_seqlens, prefix, tokens, faults, fault)
         if tokens:
+            # with a prefix a tile's keys may lie in two places
+            lines = _tiles(tiles.keys, k, v) if prefix is None else (None, None)
             forward_kernel[(blocks * heads,)](
-                q, k, v, cu_seqlens, prefix, valid, out, lse, tokens, len(cu_seqlens) - 1, blocks, heads // kv_heads,
+                q, k, v, *lines, cu_seqlens, prefix, valid, out, lse, tokens, len(cu_seqlens) - 1, blocks, heads // kv_heads,
                 _reach(window), scale, *_strides(q, k, v), **_shape(q, causal, window), **tiles.options(),
             )  # fmt: skip
     return out, lse
@@ -613,13 +658,16 @@ def backward(
         rows_kernel[(blocks * heads,)](
             out, grad_out, lse, rows_of, tokens, blocks, *_strides(grad_out), DIM=dim, WIDTH=width_of(q), ROWS=_ROWS,
         )  # fmt: skip
-        given = (q, k, v, grad_out, cu_seqlens, prefix, valid, rows_of)
+        given, offsets = (q, k, v, grad_out), (cu_seqlens, prefix, valid, rows_of)
         blocks = _blocks(tokens, cu_seqlens, passes.by_key.keys)
         grad_keys_kernel[(blocks * kv_heads,)](
-            *given, grad_k, grad_v, tokens, sequences, blocks, *numbers, *strides, **shape, **passes.by_key.options()
-        )
+            *given, *_tiles(passes.by_key.queries, q, grad_out), *offsets, grad_k, grad_v, tokens, sequences, blocks,
+            *numbers, *strides, **shape, **passes.by_key.options(),
+        )  # fmt: skip
         blocks = _blocks(tokens, cu_seqlens, passes.by_query.queries)
+        lines = _tiles(passes.by_query.keys, k, v) if prefix is None else (None, None)
         grad_queries_kernel[(blocks * heads,)](
-            *given, grad_q, tokens, sequences, blocks, *numbers, *strides, **shape, **passes.by_query.options()
-        )
+            *given, *lines, *offsets, grad_q, tokens, sequences, blocks,
+            *numbers, *strides, **shape, **passes.by_query.options(),
+        )  # fmt: skip
     return grad_q, grad_k, grad_v

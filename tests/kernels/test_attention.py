@@ -24,6 +24,7 @@ module = sys.modules["pyrlhf.ops.attention"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy tells of every NaN
 ROWS, SIDE = (64, 32) if GPU else (32, 16)  # of the small tiles: the longer and the shorter side
 USUAL = torch.bfloat16 if GPU else torch.float32  # where one dtype tells enough: the interpreter is slow
+NARROW = torch.bfloat16 if GPU else torch.float16
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
     """The module of the kernels, with small tiles and few sequences looked at together."""
     from pyrlhf.kernels import attention as found
 
-    wide, high = found.Tiles(SIDE, ROWS, 4, 2), found.Tiles(ROWS, SIDE, 4, 2)
+    wide, high = found.Tiles(SIDE, ROWS, SIDE, 4, 2), found.Tiles(ROWS, ROWS, SIDE, 4, 2)
     for key in found._TILES:
-        monkeypatch.setitem(found._TILES, key, found.Passes(high, wide, wide))
+        monkeypatch.setitem(found._TILES, key, found.Passes(high, wide, high))
     monkeypatch.setattr(found, "_SEARCH", 4)
     monkeypatch.setattr(found, "_ROWS", 16)
     yield found
@@ -218,7 +219,7 @@ def test_no_tokens(lengths, device, kernels):
 
 
 def test_views_of_one_qkv_matrix_are_read_in_place(dtype, device, kernels, monkeypatch):
-    lengths, heads, kv_heads, dim = [ROWS + 6, 0, 13], 4, 2, 24
+    lengths, heads, kv_heads, dim = [ROWS + 6, 0, 13], 2, 1, 24
     generator = torch.Generator().manual_seed(2)
     qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, generator=generator).to(device, dtype)
     seen: list[int] = []
@@ -235,6 +236,39 @@ def test_views_of_one_qkv_matrix_are_read_in_place(dtype, device, kernels, monke
     assert equal(in_place, values_and_grads(lambda x: split(x, True), [qkv]))
 
 
+@pytest.mark.parametrize("mask", [{}, {"window": SIDE}, {"prefix": [[0, 0], [3, 7]]}], ids=str)
+def test_tma_changes_no_bits(mask, device, kernels, monkeypatch):
+    """The interior by descriptors, and by pointers as where D or strides do not suit TMA, or the GPU has none."""
+    lengths, heads, kv_heads, dim = [7, 2 * ROWS + 5], 2, 2, 16
+    keywords = {key: ranges(device, *x) if key == "prefix" else x for key, x in mask.items()}
+    generator = torch.Generator().manual_seed(2)
+    qkv = torch.randn(sum(lengths), heads + 2 * kv_heads, dim, generator=generator).to(device, torch.float16)
+    taken, results, tiles = [], [], kernels._tiles
+    monkeypatch.setattr(kernels, "_tiles", lambda *a: taken.append(tiles(*a)) or taken[-1])
+    for tma in (True, False):
+        monkeypatch.setattr(kernels, "_large", lambda t, tma=tma: tma)
+        results.append(run(qkv.split([heads, kv_heads, kv_heads], dim=1), lengths, **keywords))
+        assert {x is not None for pair in taken for x in pair} == {tma}
+        taken.clear()
+    assert all(map(same_bits, *results))
+
+
+@pytest.mark.parametrize("change", ["head size", "heads apart", "rows apart", "address", "dtype"])
+def test_what_does_not_suit_tma_comes_by_pointers(change, device, kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "_large", lambda t: True)
+    whole = torch.zeros(40, 3, 64, dtype=torch.float16, device=device)
+    suits = whole[:, 1:]
+    assert None not in kernels._tiles(16, suits, whole)
+    other = {
+        "head size": whole[..., :48].contiguous(),
+        "heads apart": whole[..., :32],
+        "rows apart": torch.zeros(40, 2 * 64 + 4, dtype=torch.float16, device=device)[:, :128].view(40, 2, 64),
+        "address": torch.zeros(40 * 128 + 1, dtype=torch.float16, device=device)[1:].view(40, 2, 64),
+        "dtype": whole.float(),
+    }[change]
+    assert kernels._tiles(16, suits, other) == [None, None]
+
+
 def test_any_strides(device, kernels):
     lengths = [7, ROWS + 2]
     q, k, v = inputs(device, sum(lengths), 4, 2, 8)
@@ -249,12 +283,26 @@ def test_any_strides(device, kernels):
     assert equal(run((q, k, v), lengths, elsewhere), expected)
 
 
+def test_what_lies_beyond_the_channels_may_be_nan(device, kernels):
+    lengths, dtype = [7, 2 * ROWS + 3], NARROW
+    given = inputs(device, sum(lengths), 2, 1, 24, dtype)
+    views = [torch.full((*x.shape[:2], 40), torch.nan, dtype=dtype, device=device)[..., :24].copy_(x) for x in given]
+
+    def run_on(x: list[Tensor]) -> list[Tensor]:
+        leaves = [y.detach().requires_grad_() for y in x]
+        out = attention(*leaves, offsets(lengths).to(device))
+        return [out, *torch.autograd.grad(out, leaves, views[0].detach())]
+
+    assert views[1].stride(1) == 40
+    assert all(map(same_bits, run_on(views), run_on(given)))
+
+
 MASKS: dict[str, dict[str, Any]] = {"causal": {}, "bidirectional": {"causal": False}, "window": {"window": SIDE + 3}}
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
-def test_bits_do_not_depend_on_neighbours_who_may_be_nan(mask, dtype, device, kernels):
-    length = ROWS + 9
+def test_bits_do_not_depend_on_neighbours_who_may_be_nan(mask, device, kernels):
+    length, dtype = ROWS + 9, NARROW
     own = inputs(device, length, 2, 1, 16, dtype)
     base = run(own, [length], **mask)
     cotangent = torch.randn(base[0].shape, generator=torch.Generator().manual_seed(5)).to(device, dtype)
@@ -271,9 +319,9 @@ def test_bits_do_not_depend_on_neighbours_who_may_be_nan(mask, dtype, device, ke
         assert all(same_bits(x[start : start + length].cpu(), b) for x, b in zip(found, base, strict=True))
 
 
-def test_bits_of_a_prefix_group_do_not_depend_on_neighbours_who_may_be_nan(dtype, device, kernels):
+def test_bits_of_a_prefix_group_do_not_depend_on_neighbours_who_may_be_nan(device, kernels):
     """A prompt, three answers to it or to a part of it, and a sequence that sees across two of them."""
-    lengths = [ROWS + 6, 20, ROWS, 3, 9]
+    lengths, dtype = [ROWS + 6, 20, ROWS, 3, 9], NARROW
     rows = ranges(device, [0, 0], [0, ROWS + 6], [0, ROWS + 6], [10, ROWS + 2], [ROWS + 16, ROWS + 27])
     own = inputs(device, sum(lengths), 2, 1, 16, dtype)
     base = run(own, lengths, prefix=rows)
@@ -294,10 +342,10 @@ def test_bits_of_a_prefix_group_do_not_depend_on_neighbours_who_may_be_nan(dtype
     assert all(same_bits(x[start:end].cpu(), b) for x, b in zip(found, base, strict=True))
 
 
-def test_keys_outside_a_prefix_keep_their_bits(dtype, device, kernels):
+def test_keys_outside_a_prefix_keep_their_bits(device, kernels):
     """A reader of some rows of a tile changes the gradients of those rows alone."""
     lengths, first, last = [2 * ROWS, 9], SIDE + 3, ROWS + 5
-    given = inputs(device, sum(lengths), 2, 1, 16, dtype)
+    given = inputs(device, sum(lengths), 1, 1, 16, NARROW)
     alone = run(given, lengths)
     read = run(given, lengths, prefix=ranges(device, [0, 0], [first, last]))
     others = torch.ones(2 * ROWS, dtype=torch.bool)
@@ -308,9 +356,9 @@ def test_keys_outside_a_prefix_keep_their_bits(dtype, device, kernels):
 
 
 @pytest.mark.parametrize("prefix", [False, True], ids=["causal", "prefix"])
-def test_same_bits_on_repeat(prefix, dtype, device, kernels):
+def test_same_bits_on_repeat(prefix, device, kernels):
     lengths = [ROWS + 7, 9, 5]
-    given = inputs(device, sum(lengths), 4, 2, 16, dtype)
+    given = inputs(device, sum(lengths), 2, 1, 16, NARROW)
     rows = ranges(device, [0, 0], [0, ROWS + 7], [3, ROWS]) if prefix else None
     runs = [run(given, lengths, prefix=rows) for _ in range(1000 if GPU else 2)]
     assert all(all(map(same_bits, found, runs[0])) for found in runs[1:])
@@ -346,7 +394,7 @@ def test_wrong_offsets_give_nan_and_a_fault_and_touch_nothing(cu, device, kernel
     assert not fault_flags(device).any()
 
 
-@pytest.mark.parametrize("wrong", [[-1, 3], [3, 1], [0, 60], [0, 21], [25, 30], [2**31 - 1, -(2**31)]], ids=str)
+@pytest.mark.parametrize("wrong", [[-1, 3], [3, 1], [31, 46], [0, 21], [25, 30], [2**31 - 1, -(2**31)]], ids=str)
 def test_a_wrong_prefix_counts_as_empty_and_raises_a_fault(wrong, device, kernels):
     lengths = [20, 11, 14]
     given = inputs(device, sum(lengths), 2, 1, 16)

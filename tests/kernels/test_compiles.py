@@ -163,7 +163,8 @@ def attention(arch: int) -> Iterator[Variant]:
     # at first those that most models run: of the others some that differ the most
     some = [("bf16", 64, "usual", "causal"), ("bf16", 128, "usual", "causal")]
     some += [("fp32", 64, "one", "window"), ("fp16", 33, "odd", "prefix")][: 1 if arch == 80 else 2]
-    every = [(t, d, s, m) for t in DTYPES for d in (16, 33, 64, 80, 96, 128, 256) for s in sizes for m in masks]
+    every = [(t, d, "usual", m) for t in DTYPES for d in (16, 33, 64, 80, 96, 128, 256) for m in masks]
+    every += [(t, d, s, m) for t in DTYPES for d in (33, 128) for s in ("odd", "one") for m in masks]
     for dtype, dim, sort, mask in every if EVERYTHING else some:
         width = max(16, 1 << (dim - 1).bit_length())
         passes = kernels._TILES[size, DTYPES[dtype], max(64, width)]
@@ -176,12 +177,13 @@ def attention(arch: int) -> Iterator[Variant]:
             "DIM": dim,
             "WIDTH": width,
             "SEARCH": kernels._SEARCH,
+            **{f"{x}_tiles": None for x in "qkvg"},
             "FAULT": 8,
             "ROWS": kernels._ROWS,
             **sizes[sort],
             **masks[mask],
         }
-        own = kernels.Tiles(0, 0, 4, 3)
+        own = kernels.Tiles(0, 0, 0, 4, 3)
         for kernel, tiles in (
             (kernels.check_kernel, own),
             (kernels.rows_kernel, own),
@@ -189,7 +191,14 @@ def attention(arch: int) -> Iterator[Variant]:
             (kernels.grad_queries_kernel, passes.by_query),
             (kernels.grad_keys_kernel, passes.by_key),
         ):
-            arguments = {n: {**known, "QUERIES": tiles.queries, "KEYS": tiles.keys}[n] for n in kernel.arg_names}
+            if arch == 90 and DTYPES[dtype] == 2 and sort == "usual" and dim == width:
+                lines = {f"{x}_tiles": f"tensordesc<{dtype}[{tiles.keys}, {dim}]>" for x in "kv"}
+                known |= dict.fromkeys(lines) if mask == "prefix" else lines
+                known |= {f"{x}_tiles": f"tensordesc<{dtype}[{tiles.queries}, {dim}]>" for x in "qg"}
+            arguments = {
+                n: {**known, "QUERIES": tiles.queries, "KEYS": tiles.keys, "EDGE": tiles.edge}[n]
+                for n in kernel.arg_names
+            }
             name = f"{kernel.__name__}, {dtype}, D {dim}, {mask}, {sort}"
             yield Variant(name, kernel, arguments, tiles.warps, tiles.stages)
 
