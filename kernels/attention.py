@@ -80,6 +80,7 @@ _TILES = {
 }
 _SEARCH = 256  # sequences looked at together
 _ROWS = 64  # queries of one program that prepares the backward
+_FARTHEST = (2**31 - 1) // 256  # elements from row to row: no tile has as many rows
 
 
 def width_of(q: Tensor) -> int:
@@ -563,6 +564,11 @@ def _blocks(tokens: int, cu_seqlens: Tensor, rows: int) -> int:
     return tokens // rows + max(len(cu_seqlens) - 1, 1)
 
 
+def _near(*tensors: Tensor) -> list[Tensor]:
+    """Copies where rows are so far apart that their places in a tile, which are int32, could not be."""
+    return [x if x.stride(0) <= _FARTHEST else x.contiguous() for x in tensors]
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
@@ -579,6 +585,7 @@ def _tiles(rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
         and x.shape[2] == width_of(x)
         and (x.stride(1) == x.shape[2] or x.shape[1] == 1)
         and x.stride(0) % 8 == 0
+        and x.stride(0) >= x.shape[1] * x.shape[2]
         and x.data_ptr() % 16 == 0
         for x in tensors
     )
@@ -613,6 +620,7 @@ def forward(
 
     Rows of q, k, v are contiguous, what lies between them does not matter; window >= 1.
     """
+    q, k, v = _near(q, k, v)
     (tokens, heads, _), kv_heads, tiles = q.shape, k.shape[1], passes_of(q).forward
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
@@ -645,6 +653,7 @@ def backward(
     fault: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients by q, k and v. Of the inputs, rows of grad_out, q, k, v are contiguous, out and lse altogether."""
+    grad_out, q, k, v = _near(grad_out, q, k, v)
     (tokens, heads, dim), kv_heads, passes = q.shape, k.shape[1], passes_of(q)
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if tokens == 0:

@@ -90,8 +90,10 @@ def attention(
     scale: multiplies the scores; default ``D ** -0.5``.
 
     Returns ``[T, Hq, D]`` in q's dtype, accumulated in float32. A token with nothing to see gives 0, and no gradient.
-    Never holds the scores of more than one sequence, on the CPU of more than one block. Deterministic; a sequence's bits do
-    not depend on its neighbours. Raises ValueError or TypeError naming the argument.
+    Never holds more scores than a block of them, in plain torch those of one sequence. Deterministic; a sequence's bits do
+    not depend on its neighbours. Raises ValueError or TypeError naming the argument. On CUDA wrong values are found on the
+    device: with wrong cu_seqlens everything is NaN, a wrong prefix counts as empty, and either is a fault that the next wait
+    raises; with PYRLHF_CHECK=1, and on the CPU, ValueError at once.
     """
     _check(q, k, v, cu_seqlens, causal, window, prefix, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)

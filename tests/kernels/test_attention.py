@@ -253,7 +253,9 @@ def test_tma_changes_no_bits(mask, device, kernels, monkeypatch):
     assert all(map(same_bits, *results))
 
 
-@pytest.mark.parametrize("change", ["head size", "heads apart", "rows apart", "address", "dtype"])
+@pytest.mark.parametrize(
+    "change", ["head size", "heads apart", "rows apart", "one row again and again", "address", "dtype"]
+)
 def test_what_does_not_suit_tma_comes_by_pointers(change, device, kernels, monkeypatch):
     monkeypatch.setattr(kernels, "_large", lambda t: True)
     whole = torch.zeros(40, 3, 64, dtype=torch.float16, device=device)
@@ -262,6 +264,7 @@ def test_what_does_not_suit_tma_comes_by_pointers(change, device, kernels, monke
     other = {
         "head size": whole[..., :48].contiguous(),
         "heads apart": whole[..., :32],
+        "one row again and again": whole[:1].expand(40, 3, 64),
         "rows apart": torch.zeros(40, 2 * 64 + 4, dtype=torch.float16, device=device)[:, :128].view(40, 2, 64),
         "address": torch.zeros(40 * 128 + 1, dtype=torch.float16, device=device)[1:].view(40, 2, 64),
         "dtype": whole.float(),
@@ -295,6 +298,19 @@ def test_what_lies_beyond_the_channels_may_be_nan(device, kernels):
 
     assert views[1].stride(1) == 40
     assert all(map(same_bits, run_on(views), run_on(given)))
+
+
+def test_rows_that_lie_far_apart(device, kernels, monkeypatch):
+    """As far as a tile's int32 offsets reach they are read in place, beyond that copied."""
+    lengths, apart = [SIDE + 2], 100
+    given = inputs(device, SIDE + 2, 1, 1, 16)
+    far = [torch.zeros(len(x), apart, device=device)[:, None, :16].copy_(x) for x in given]
+    cu, rest = offsets(lengths).to(device), (None, True, None, 1.0, fault_flags(device), 0)
+    expected = kernels.forward(*given, cu, *rest)
+    for farthest in (apart, apart - 1):
+        monkeypatch.setattr(kernels, "_FARTHEST", farthest)
+        assert [x is y for x, y in zip(kernels._near(*far), far, strict=True)] == [farthest == apart] * 3
+        assert equal(kernels.forward(*far, cu, *rest), expected)
 
 
 MASKS: dict[str, dict[str, Any]] = {"causal": {}, "bidirectional": {"causal": False}, "window": {"window": SIDE + 3}}
@@ -469,7 +485,10 @@ def test_a_table_entry_for_every_head_size(device):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             q = torch.empty(0, 1, dim, dtype=dtype, device=device)
             assert kernels.width_of(q) >= dim
-            assert all(min(tiles.queries, tiles.keys) >= 16 for tiles in kernels.passes_of(q))
+            assert all(min(tiles.queries, tiles.keys, tiles.edge) >= 16 for tiles in kernels.passes_of(q))
+            assert all(max(tiles.queries, tiles.keys) * kernels._FARTHEST < 2**31 for tiles in kernels.passes_of(q))
+            assert all(tiles.keys % tiles.edge == 0 for tiles in kernels.passes_of(q)[:2])
+            assert kernels.passes_of(q).by_key.queries % kernels.passes_of(q).by_key.edge == 0
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

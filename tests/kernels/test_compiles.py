@@ -150,7 +150,7 @@ def attention(arch: int) -> Iterator[Variant]:
     size, numbers = "large" if arch == 90 else "small", ("tokens", "sequences", "blocks", "group")
     strides = [f"{x}_{what}" for x in "qkvg" for what in ("row", "head")]
     sizes: dict[str, dict[str, Any]] = {
-        "usual": {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(strides, "i32:16")},
+        "even": {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(strides, "i32:16")},
         "odd": {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(strides, "i32")},
         "one": {**dict.fromkeys((*numbers, *strides), 1)},
     }
@@ -160,10 +160,10 @@ def attention(arch: int) -> Iterator[Variant]:
         "prefix": {"CAUSAL": True, "WINDOW": False, "prefix": "*i32:16"},
         "bidirectional": {"CAUSAL": False, "WINDOW": False, "prefix": None},
     }
-    # at first those that most models run: of the others some that differ the most
-    some = [("bf16", 64, "usual", "causal"), ("bf16", 128, "usual", "causal")]
+    # those that most models run, and some that differ the most from them
+    some = [("bf16", 64, "even", "causal"), ("bf16", 128, "even", "causal")]
     some += [("fp32", 64, "one", "window"), ("fp16", 33, "odd", "prefix")][: 1 if arch == 80 else 2]
-    every = [(t, d, "usual", m) for t in DTYPES for d in (16, 33, 64, 80, 96, 128, 256) for m in masks]
+    every = [(t, d, "even", m) for t in DTYPES for d in (16, 33, 64, 80, 96, 128, 256) for m in masks]
     every += [(t, d, s, m) for t in DTYPES for d in (33, 128) for s in ("odd", "one") for m in masks]
     for dtype, dim, sort, mask in every if EVERYTHING else some:
         width = max(16, 1 << (dim - 1).bit_length())
@@ -191,7 +191,7 @@ def attention(arch: int) -> Iterator[Variant]:
             (kernels.grad_queries_kernel, passes.by_query),
             (kernels.grad_keys_kernel, passes.by_key),
         ):
-            if arch == 90 and DTYPES[dtype] == 2 and sort == "usual" and dim == width:
+            if arch == 90 and DTYPES[dtype] == 2 and sort == "even" and dim == width:
                 lines = {f"{x}_tiles": f"tensordesc<{dtype}[{tiles.keys}, {dim}]>" for x in "kv"}
                 known |= dict.fromkeys(lines) if mask == "prefix" else lines
                 known |= {f"{x}_tiles": f"tensordesc<{dtype}[{tiles.queries}, {dim}]>" for x in "qg"}
@@ -199,7 +199,8 @@ def attention(arch: int) -> Iterator[Variant]:
                 n: {**known, "QUERIES": tiles.queries, "KEYS": tiles.keys, "EDGE": tiles.edge}[n]
                 for n in kernel.arg_names
             }
-            name = f"{kernel.__name__}, {dtype}, D {dim}, {mask}, {sort}"
+            usual = dtype != "fp32" and dim in (64, 128) and (sort, mask) == ("even", "causal")
+            name = f"{kernel.__name__}, {dtype}, D {dim}, {mask}, {'usual' if usual else sort}"
             yield Variant(name, kernel, arguments, tiles.warps, tiles.stages)
 
 
