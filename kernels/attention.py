@@ -125,7 +125,7 @@ def _prefix_of(s, start, end, prefix, tokens, inside):
 def _parts(low, whole_low, whole_high, high, TILE: tl.constexpr, EDGE: tl.constexpr):
     """Tiles over [low, high), of which [whole_low, whole_high) needs no masks.
 
-    Those without are [b, c), TILE wide. Those with are EDGE wide, and so many as the last number says: as `_edge` counts them.
+    Those without masks are TILE wide: [b, c). Those with are EDGE wide: before and behind them, found by `_edge`, and counted last.
     """
     b = tl.cdiv(whole_low, TILE)
     c = tl.maximum(whole_high // TILE, b)
@@ -137,7 +137,7 @@ def _parts(low, whole_low, whole_high, high, TILE: tl.constexpr, EDGE: tl.conste
 
 @triton.jit
 def _edge(i, first, before, after):
-    """The i-th tile on an edge: so many from the first before the interior, the others after it."""
+    """The i-th tile on an edge: the first ones, so many as are before the interior, then those that come after it."""
     return tl.where(i < before, first + i, after + i - before)
 
 
@@ -214,7 +214,7 @@ def _visible(places, queries, ahead, length, window, CAUSAL: tl.constexpr, WINDO
         if WINDOW:
             sees &= places[None, :] > queries[:, None] - window
     else:
-        sees = (places < ahead + length)[None, :] & (queries >= 0)[:, None]
+        sees = tl.broadcast_to((places < ahead + length)[None, :], [queries.shape[0], places.shape[0]])
     return sees
 
 
