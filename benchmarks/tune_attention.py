@@ -17,10 +17,18 @@ from common import once
 
 from pyrlhf.kernels import attention as kernels
 
-TILES = [
-    *product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3, 4)),  # queries, keys, warps, stages
-    *product((32,), (64, 128), (4, 8), (1, 2, 3)),
-]
+LONG, SHORT = (64, 128), (32, 64, 128)  # the side whose sums a program holds, and the one it goes along
+EDGES, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2, 3, 4)
+
+
+def candidates(by_key: bool) -> list[kernels.Tiles]:
+    """Tiles whose masked ones are as wide as the others, or half as wide."""
+    found = []
+    for long, short, edge, warps, stages in product(LONG, SHORT, EDGES, WARPS, STAGES):
+        if edge in (short, short // 2):
+            queries, keys = (short, long) if by_key else (long, short)
+            found.append(kernels.Tiles(queries, keys, edge, warps, stages))
+    return found
 
 
 def median(run: Callable[[], Any]) -> float:
@@ -47,8 +55,7 @@ def main(tokens: int = 16_384, heads: int = 16, dim: int = 128) -> None:
     }
     for name, (flops, run) in runs.items():
         found = []
-        for values in TILES:
-            tiles = kernels.Tiles(*values)
+        for tiles in candidates(name == "by_key"):
             kernels._TILES[key] = table._replace(**{name: tiles})
             try:
                 found.append((flops * pairs / median(run) * 1e-9, tiles))

@@ -62,8 +62,9 @@ class Passes(NamedTuple):
 
 
 # By dtype's bytes and the width of a row of q (D up to the next power of two). Two warpgroups hold the sums of 128 queries, or
-# of 128 keys, and their scores in registers, which decide how long the other side is: nothing is spilled in bfloat16 up to
-# D 128. The rest is what shared memory holds, and stages of loads under way. float32's products are plain FMAs (no TF32).
+# of 128 keys, and their scores in registers, which decide how long the other side is: in 16 bits nothing is spilled up to
+# D 128. The rest is what shared memory holds: stages of loads under way. float32's products are plain FMAs (no TF32) of
+# operands in registers, and wider tiles or more stages of them would spill by the kilobyte.
 _TILES = {
     ("large", 2, 64): Passes(Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 32, 8, 3)),
     ("large", 2, 128): Passes(Tiles(128, 128, 64, 8, 2), Tiles(128, 128, 64, 8, 2), Tiles(32, 128, 16, 8, 3)),
@@ -71,9 +72,9 @@ _TILES = {
     ("small", 2, 64): Passes(Tiles(128, 64, 32, 4, 3), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
     ("small", 2, 128): Passes(Tiles(128, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2), Tiles(64, 64, 32, 8, 2)),
     ("small", 2, 256): Passes(Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
-    ("large", 4, 64): Passes(Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
-    ("large", 4, 128): Passes(Tiles(64, 32, 32, 8, 2), Tiles(64, 32, 32, 8, 2), Tiles(32, 64, 32, 8, 2)),
-    ("large", 4, 256): Passes(Tiles(32, 32, 32, 8, 2), Tiles(32, 32, 32, 8, 2), Tiles(32, 32, 32, 8, 2)),
+    ("large", 4, 64): Passes(Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 64, 32, 8, 1)),
+    ("large", 4, 128): Passes(Tiles(32, 32, 32, 8, 1), Tiles(32, 32, 16, 8, 1), Tiles(16, 32, 16, 8, 1)),
+    ("large", 4, 256): Passes(Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),
     ("small", 4, 64): Passes(Tiles(64, 32, 32, 8, 1), Tiles(64, 32, 32, 8, 1), Tiles(32, 64, 32, 8, 1)),
     ("small", 4, 128): Passes(Tiles(64, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1), Tiles(32, 32, 32, 8, 1)),
     ("small", 4, 256): Passes(Tiles(32, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1), Tiles(16, 16, 16, 8, 1)),

@@ -59,6 +59,13 @@ def run(given: Sequence[Tensor], lengths: Sequence[int], function: Any = attenti
     return values_and_grads(lambda *x: function(*x, cu, **keywords), given)
 
 
+def in_place(given: Sequence[Tensor], lengths: Sequence[int], upstream: Tensor) -> list[Tensor]:
+    """As `run`, of these very tensors, strides and all (a clone would lie together)."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    out = attention(*leaves, offsets(lengths).to(upstream.device))
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
 def peer(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, **mask: Any) -> Tensor:
     """Softmax of all scores in the dtype of q, as torch's own attention rounds them."""
     sees = visible(cu.cpu(), **mask).to(q.device)
@@ -230,10 +237,10 @@ def test_views_of_one_qkv_matrix_are_read_in_place(dtype, device, kernels, monke
         parts = whole.split([heads, kv_heads, kv_heads], dim=1)
         return attention(*(x.contiguous() if contiguous else x for x in parts), offsets(lengths).to(device))
 
-    in_place = values_and_grads(lambda x: split(x, False), [qkv])
+    there = values_and_grads(lambda x: split(x, False), [qkv])
     q, k, v = seen
     assert [k - q, v - k] == [heads * dim * qkv.element_size(), kv_heads * dim * qkv.element_size()]
-    assert equal(in_place, values_and_grads(lambda x: split(x, True), [qkv]))
+    assert equal(there, values_and_grads(lambda x: split(x, True), [qkv]))
 
 
 @pytest.mark.parametrize("mask", [{}, {"window": SIDE}, {"prefix": [[0, 0], [3, 7]]}], ids=str)
@@ -291,13 +298,8 @@ def test_what_lies_beyond_the_channels_may_be_nan(device, kernels):
     given = inputs(device, sum(lengths), 2, 1, 24, dtype)
     views = [torch.full((*x.shape[:2], 40), torch.nan, dtype=dtype, device=device)[..., :24].copy_(x) for x in given]
 
-    def run_on(x: list[Tensor]) -> list[Tensor]:
-        leaves = [y.detach().requires_grad_() for y in x]
-        out = attention(*leaves, offsets(lengths).to(device))
-        return [out, *torch.autograd.grad(out, leaves, views[0].detach())]
-
     assert views[1].stride(1) == 40
-    assert all(map(same_bits, run_on(views), run_on(given)))
+    assert all(map(same_bits, in_place(views, lengths, views[0]), in_place(given, lengths, views[0])))
 
 
 def test_rows_that_lie_far_apart(device, kernels, monkeypatch):
@@ -510,8 +512,10 @@ def test_rows_beyond_2_to_the_31(device):
     parts = whole[:, : 3 * 64].view(tokens, 3, 64)
     parts.copy_(torch.randn(tokens, 3, 64, device=device))
     lengths = [tokens - 500, 500]
-    q, k, v = (parts[:, i : i + 1] for i in range(3))
-    assert equal(run((q, k, v), lengths), run([x.contiguous() for x in (q, k, v)], lengths))
+    views = [parts[:, i : i + 1] for i in range(3)]
+    upstream = torch.randn(tokens, 1, 64, device=device).bfloat16()
+    assert views[0].stride(0) * tokens > 2**31
+    assert equal(in_place(views, lengths, upstream), in_place([x.contiguous() for x in views], lengths, upstream))
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
