@@ -35,7 +35,7 @@ step tests 200 "$python" -m pytest -q -m gpu -p no:cacheprovider tests --ignore 
 step loop 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/cuda/on_gpu/test_loop.py
 step rollout 90 "$python" benchmarks/bench_rollout.py
 step ppo 150 "$python" benchmarks/bench_ppo.py --rounds 2
-for benchmark in benchmarks/bench_{launch,gae,ppo_loss,ranking_loss,sample,decode_attention,rotary,rms_norm,layer_norm,activation,linear_logprob}.py; do
+for benchmark in benchmarks/bench_{launch,gae,ppo_loss,ranking_loss,sample,decode_attention,rotary,rms_norm,layer_norm,activation,linear_logprob,attention}.py; do
     step "$(basename "$benchmark" .py)" 60 "$python" "$benchmark"
 done
 if command -v compute-sanitizer >/dev/null; then

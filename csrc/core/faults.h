@@ -14,6 +14,8 @@ enum class Fault : int {
     sample_logits,
     linear_logprob_targets,
     sampled_logprob_tokens,
+    attention_cu_seqlens,
+    attention_prefix,
 };
 
 }  // namespace pyrlhf

@@ -25,6 +25,8 @@ FAULTS = (
     "sample: logits must be finite or -inf with one finite entry a row",
     "linear_logprob: targets must be token ids in 0..V-1",
     "sampled_logprob: tokens must be in 0..vocab - 1",
+    "attention: cu_seqlens must rise from 0 to the number of tokens",
+    "attention: prefix must be ranges within the tokens, outside its own sequence",
 )
 
 

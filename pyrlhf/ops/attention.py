@@ -2,7 +2,8 @@
 
 The forward keeps q, k, v, the output and one log-sum-exp a row and head; the backward makes the probabilities again from
 them (FlashAttention, arXiv:2205.14135, algorithms 1 and 4). A sequence's result depends on nothing but that sequence (and
-its prefix). On the CPU csrc/cpu/attention.cpp does it block by block; elsewhere torch, one sequence's scores at a time.
+its prefix). On the CPU csrc/cpu/attention.cpp does it block by block, on CUDA Triton kernels do (kernels/attention.py); for
+float64 and PYRLHF_BACKEND=ref torch, one sequence's scores at a time.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pyrlhf.ops._checks import check_cu_seqlens, check_number, check_tensor, float_dtypes, values_readable
-from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
+from pyrlhf.ops._core import CORE_DTYPES, FAULTS, address, core, fault_flags, use_core, use_triton
 from pyrlhf.ops._library import define, eager_function
 
 MAX_HEAD_DIM = 256
 _EVERYTHING = 2**62  # a window that hides nothing
+_FAULT = next(i for i, what in enumerate(FAULTS) if what.startswith("attention: cu_seqlens"))  # prefix is the next
 
 
 class _Span(NamedTuple):
@@ -88,8 +90,10 @@ def attention(
     scale: multiplies the scores; default ``D ** -0.5``.
 
     Returns ``[T, Hq, D]`` in q's dtype, accumulated in float32. A token with nothing to see gives 0, and no gradient.
-    Never holds the scores of more than one sequence, on the CPU of more than one block. Deterministic; a sequence's bits do
-    not depend on its neighbours. Raises ValueError or TypeError naming the argument.
+    Never holds more scores than a block of them, in plain torch those of one sequence. Deterministic; a sequence's bits do
+    not depend on its neighbours. Raises ValueError or TypeError naming the argument. On CUDA wrong values are found on the
+    device: with wrong cu_seqlens everything is NaN, a wrong prefix counts as empty, and either is a fault that the next wait
+    raises; with PYRLHF_CHECK=1, and on the CPU, ValueError at once.
     """
     _check(q, k, v, cu_seqlens, causal, window, prefix, scale)
     scale = q.shape[2] ** -0.5 if scale is None else float(scale)
@@ -194,19 +198,12 @@ def _forward_impl(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    tokens, heads, dim = q.shape
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    _check_ranges(cu_seqlens, prefix, q.shape[0])
     if window == 0:
-        _check_ranges(cu_seqlens, prefix, tokens)
-        return out.zero_(), lse.fill_(-torch.inf)
-    if not use_core(q):
-        _forward_by_sequence(q, k, v, cu_seqlens, prefix, causal, window, scale, out, lse)
-        return out, lse
-    _check_ranges(cu_seqlens, prefix, tokens)
-    inputs, *rest = _core_arguments(q, k, v, cu_seqlens, prefix, causal, window, scale)
-    _finished(core().attention(*map(address, (*inputs, out, lse)), *rest))
-    return out, lse
+        lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+        return q.new_zeros(q.shape), lse
+    run = _forward_core if use_core(q) else _forward_triton if use_triton(q) else _forward_by_sequence
+    return run(q, k, v, cu_seqlens, prefix, causal, window, scale)
 
 
 def _backward_impl(
@@ -224,10 +221,26 @@ def _backward_impl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if window == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    if not use_core(q):
-        return _backward_by_sequence(grad_out, q, k, v, out, lse, cu_seqlens, prefix, causal, window, scale)
+    run = _backward_core if use_core(q) else _backward_triton if use_triton(q) else _backward_by_sequence
+    return run(grad_out, q, k, v, out, lse, cu_seqlens, prefix, causal, window, scale)
+
+
+# -- C++: the arguments of the implementations ------------------------------------------------------------------------------
+
+
+def _forward_core(q: Tensor, k: Tensor, v: Tensor, *masks: Any) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty((heads, tokens), dtype=torch.float32)
+    inputs, *rest = _core_arguments(q, k, v, *masks)
+    _finished(core().attention(*map(address, (*inputs, out, lse)), *rest))
+    return out, lse
+
+
+def _backward_core(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *masks: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    (q, k, v, *offsets), *rest = _core_arguments(q, k, v, cu_seqlens, prefix, causal, window, scale)
+    (q, k, v, *offsets), *rest = _core_arguments(q, k, v, *masks)
     tensors = (grad_out.contiguous(), q, k, v, out.contiguous(), lse.contiguous(), *offsets, grad_q, grad_k, grad_v)
     _finished(core().attention_backward(*map(address, tensors), *rest))
     return grad_q, grad_k, grad_v
@@ -244,12 +257,17 @@ def _core_arguments(
     scale: float,
 ) -> tuple[Any, ...]:
     """The tensors that the core reads, kept alive by the caller, then its numbers: AttentionShape in csrc/cpu/kernels.h."""
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = _whole_rows(q, k, v)
     offsets = (cu_seqlens.contiguous(), None if prefix is None else prefix.contiguous())
     (tokens, heads, dim), sequences = q.shape, cu_seqlens.shape[0] - 1
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     sizes = [tokens, sequences, heads, k.shape[1], dim, *strides, _EVERYTHING if window is None else window]
     return (q, k, v, *offsets), sizes, scale, causal, CORE_DTYPES.index(q.dtype), torch.get_num_threads()
+
+
+def _whole_rows(*tensors: Tensor) -> list[Tensor]:
+    """With channels that lie together; what lies between rows and heads does not matter."""
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
 
 
 def _finished(done: bool) -> None:
@@ -259,7 +277,41 @@ def _finished(done: bool) -> None:
         )
 
 
-# -- elsewhere: heads are laid out [Hkv, group, L, D], so that a key head meets all its queries -----------------------------
+# -- Triton: the arguments of the implementations ---------------------------------------------------------------------------
+
+
+def _forward_triton(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, prefix: Tensor | None, *masks: Any
+) -> tuple[Tensor, Tensor]:
+    from pyrlhf.kernels import attention as kernels
+
+    offsets = (cu_seqlens.contiguous(), None if prefix is None else prefix.contiguous())
+    return kernels.forward(*_whole_rows(q, k, v), *offsets, *masks, fault_flags(q.device), _FAULT)
+
+
+def _backward_triton(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    prefix: Tensor | None,
+    *masks: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from pyrlhf.kernels import attention as kernels
+
+    rest = (
+        out.contiguous(),
+        lse.contiguous(),
+        cu_seqlens.contiguous(),
+        None if prefix is None else prefix.contiguous(),
+    )
+    return kernels.backward(*_whole_rows(grad_out, q, k, v), *rest, *masks, fault_flags(q.device), _FAULT)
+
+
+# -- torch: heads are laid out [Hkv, group, L, D], so that a key head meets all its queries ----------------------------------
 
 
 def _forward_by_sequence(
@@ -271,11 +323,11 @@ def _forward_by_sequence(
     causal: bool,
     window: int | None,
     scale: float,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     tokens, heads, _ = q.shape
+    out = torch.empty_like(q)
+    lse = q.new_empty((heads, tokens), dtype=torch.promote_types(q.dtype, torch.float32))
     spans = _spans(cu_seqlens, prefix, tokens)
     qh, kh, vh = _by_head(q, k), _by_head(k, k), _by_head(v, k)
     out_h, lse_h = _by_head(out, k), lse.view(k.shape[1], heads // k.shape[1], tokens)
@@ -287,6 +339,7 @@ def _forward_by_sequence(
         own, own_lse = _matmul_forward(queries, keys, values, masks.of(span), masks.is_causal(span), scale)
         out_h.narrow(2, span.start, length).copy_(own)
         lse_h.narrow(2, span.start, length).copy_(own_lse)
+    return out, lse
 
 
 def _backward_by_sequence(

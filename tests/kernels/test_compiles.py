@@ -144,7 +144,67 @@ def descriptors(arguments: dict[str, Any], dtype: str, tiles: Any) -> dict[str, 
     return {"TMA": True, **{n: f"tensordesc<{dtype}[{a}, {b}]>" for n, (a, b) in blocks.items()}}
 
 
-OPS = {"linear_logprob": linear_logprob}
+def attention(arch: int) -> Iterator[Variant]:
+    from pyrlhf.kernels import attention as kernels
+
+    size, numbers = "large" if arch == 90 else "small", ("tokens", "sequences", "blocks", "group")
+    strides = [f"{x}_{what}" for x in "qkvg" for what in ("row", "head")]
+    sizes: dict[str, dict[str, Any]] = {
+        "even": {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(strides, "i32:16")},
+        "odd": {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(strides, "i32")},
+        "one": {**dict.fromkeys((*numbers, *strides), 1)},
+    }
+    masks: dict[str, dict[str, Any]] = {
+        "causal": {"CAUSAL": True, "WINDOW": False, "prefix": None},
+        "window": {"CAUSAL": True, "WINDOW": True, "prefix": None},
+        "prefix": {"CAUSAL": True, "WINDOW": False, "prefix": "*i32:16"},
+        "bidirectional": {"CAUSAL": False, "WINDOW": False, "prefix": None},
+    }
+    # those that most models run, and some that differ the most from them
+    some = [("bf16", 64, "even", "causal"), ("bf16", 128, "even", "causal")]
+    some += [("fp32", 64, "one", "window"), ("fp16", 33, "odd", "prefix")][: 1 if arch == 80 else 2]
+    every = [(t, d, "even", m) for t in DTYPES for d in (16, 33, 64, 80, 96, 128, 256) for m in masks]
+    every += [(t, d, s, m) for t in DTYPES for d in (33, 128) for s in ("odd", "one") for m in masks]
+    for dtype, dim, sort, mask in every if EVERYTHING else some:
+        width = max(16, 1 << (dim - 1).bit_length())
+        passes = kernels._TILES[size, DTYPES[dtype], max(64, width)]
+        known: dict[str, Any] = {
+            **dict.fromkeys(("q", "k", "v", "grad_out", "out", "grad_q", "grad_k", "grad_v"), f"*{dtype}:16"),
+            **dict.fromkeys(("lse", "rows_of"), "*fp32:16"),
+            **dict.fromkeys(("cu_seqlens", "valid", "faults"), "*i32:16"),
+            "window": "i32",
+            "scale": "fp32",
+            "DIM": dim,
+            "WIDTH": width,
+            "SEARCH": kernels._SEARCH,
+            **{f"{x}_tiles": None for x in "qkvg"},
+            "FAULT": 8,
+            "ROWS": kernels._ROWS,
+            **sizes[sort],
+            **masks[mask],
+        }
+        own = kernels.Tiles(0, 0, 0, 4, 3)
+        for kernel, tiles in (
+            (kernels.check_kernel, own),
+            (kernels.rows_kernel, own),
+            (kernels.forward_kernel, passes.forward),
+            (kernels.grad_queries_kernel, passes.by_query),
+            (kernels.grad_keys_kernel, passes.by_key),
+        ):
+            if arch == 90 and DTYPES[dtype] == 2 and sort == "even" and dim == width:
+                lines = {f"{x}_tiles": f"tensordesc<{dtype}[{tiles.keys}, {dim}]>" for x in "kv"}
+                known |= dict.fromkeys(lines) if mask == "prefix" else lines
+                known |= {f"{x}_tiles": f"tensordesc<{dtype}[{tiles.queries}, {dim}]>" for x in "qg"}
+            arguments = {
+                n: {**known, "QUERIES": tiles.queries, "KEYS": tiles.keys, "EDGE": tiles.edge}[n]
+                for n in kernel.arg_names
+            }
+            usual = dtype != "fp32" and dim in (64, 128) and (sort, mask) == ("even", "causal")
+            name = f"{kernel.__name__}, {dtype}, D {dim}, {mask}, {'usual' if usual else sort}"
+            yield Variant(name, kernel, arguments, tiles.warps, tiles.stages)
+
+
+OPS = {"linear_logprob": linear_logprob, "attention": attention}
 
 
 @pytest.mark.parametrize("arch", [80, 90])
