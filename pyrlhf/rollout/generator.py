@@ -559,7 +559,7 @@ class _Run:
             there = bad if ended is None else ended | bad
             ended = torch.empty(there.shape, dtype=torch.bool, pin_memory=True).copy_(there, non_blocking=True)
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self.device))
         return _Draw(samples, self.scheduler.step, ended, done, [])
 
     def _settle(self) -> None:

@@ -9,6 +9,7 @@ and on a GPU it is one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,6 +49,12 @@ class Program:
         return self.output
 
 
+@functools.cache
+def _aside(device: int) -> torch.cuda.Stream:
+    """Where steps are tried and captured: one stream for all, as cuBLAS keeps a workspace (32 MiB on sm_90) for each it has met."""
+    return torch.cuda.Stream(device)
+
+
 class Graph:
     """The same on CUDA: the kernels of `step` as a CUDA graph. Whatever it computes from must live on the device.
 
@@ -58,14 +65,14 @@ class Graph:
     """
 
     def __init__(self, step: Callable[[], Outputs], pool: Any) -> None:
-        aside = torch.cuda.Stream()
+        aside = _aside(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()  # libraries allocate and choose their kernels at the first call
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
         # Threads of NCCL or of a data loader may call CUDA meanwhile: that is no fault of this capture.
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
             self.output = step()
 
     def run(self) -> Outputs:
@@ -133,15 +140,19 @@ class DecodeProgram:
         pool: Any = None,
     ) -> None:
         self._filling, self._asked = filling, 0
-        self._inputs = [
-            x.new_full((rows, *x.shape[1:]), value) for x, value in zip(inputs, filling, strict=True)
-        ]  # the addresses that are recorded
+        pairs = zip(inputs, filling, strict=True)
+        self._inputs = [x.new_full((rows, *x.shape[1:]), value) for x, value in pairs]  # what is recorded reads these
         self._write(inputs)
 
         def whole() -> Outputs:
             return step(*self._inputs)
 
-        self._program = Graph(whole, pool) if inputs[0].is_cuda else Program(whole)
+        self._program: Program | Graph
+        if inputs[0].is_cuda:
+            with torch.cuda.device(inputs[0].device):
+                self._program = Graph(whole, pool)
+        else:
+            self._program = Program(whole)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """What the step gives for these rows. The next call, of this or of another program of the pool, writes into the same memory."""
