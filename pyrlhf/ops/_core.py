@@ -167,13 +167,16 @@ def fault_flags(device: torch.device) -> Tensor:
 
 
 def raise_faults(device: torch.device) -> None:
-    """Waits for ``device`` and raises ValueError if a kernel there has met values that it had to skip; the flags are then lowered.
+    """Waits for the current stream of ``device`` and raises ValueError if a kernel has met values that it had to skip; lowers the flags.
 
-    For places that wait anyway. ``PYRLHF_CHECK=1`` finds the same before the kernel runs, and says where.
+    For places that wait anyway; ``device`` has its index, as a tensor's has. ``PYRLHF_CHECK=1`` finds the same before the kernel
+    runs, and says where.
     """
     flags = fault_flags(device)
     found = [what for what, raised in zip(FAULTS, flags.tolist(), strict=True) if raised]
     if found:
+        if flags.is_cuda:
+            torch.cuda.synchronize(device)  # what has been launched since may raise them again: it belongs to this error
         flags.zero_()
         raise ValueError(
             f"on {device} a kernel found wrong values and skipped them; PYRLHF_CHECK=1 says where. {'; '.join(found)}"

@@ -54,7 +54,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         return
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device; tests/test_cuda_emulated.py runs this on the emulation")
-    yield torch.device("cuda")
+    yield torch.device("cuda", torch.cuda.current_device())  # by it the kernels know their fault flags
     torch.cuda.synchronize()  # what a kernel did wrong is this test's fault
 
 

@@ -34,7 +34,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where a test puts its tensors, so that every op takes its Triton kernel."""
     pytest.importorskip("triton", reason="needs triton (extra: test)")
     if GPU:
-        yield torch.device("cuda")
+        yield torch.device("cuda", torch.cuda.current_device())  # by it the kernels know their fault flags
         torch.cuda.synchronize()  # what a kernel did wrong is this test's fault
         return
     checking.pretend_to_be_on_cuda(monkeypatch, {_core.use_triton: checking.for_kernels_of_a_gpu})
