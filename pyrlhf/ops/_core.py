@@ -176,7 +176,7 @@ def raise_faults(device: torch.device) -> None:
     found = [what for what, raised in zip(FAULTS, flags.tolist(), strict=True) if raised]
     if found:
         if flags.is_cuda:
-            torch.cuda.synchronize(device)  # what has been launched since may raise them again: it belongs to this error
+            torch.cuda.synchronize(device)  # what has been launched meanwhile may raise them too
         flags.zero_()
         raise ValueError(
             f"on {device} a kernel found wrong values and skipped them; PYRLHF_CHECK=1 says where. {'; '.join(found)}"

@@ -52,8 +52,9 @@ class Generator:
         pages: size of the KV cache in pages; None lets `cache_bytes` decide.
         page_size: tokens a page.
         prefill_tokens: prompt tokens of one forward (a longer prompt goes alone).
-        cache_bytes: bound on the KV cache, which never gets larger than `max_batch` of the call's longest samples need;
-            None takes half of the host's free memory, or what a GPU has left beside its weights and what a step needs.
+        cache_bytes: bound on the KV cache but for a spare page; it never gets larger than `max_batch` of the call's longest
+            samples need; None takes half of the host's free memory, or what a GPU has left beside its weights and what a step
+            needs.
         tokenizer: for stop strings.
         gather: makes sharded weights whole (`HybridEngine` passes it under ZeRO 3).
         weights: packed weights to write again instead of making new ones.
@@ -132,7 +133,9 @@ class Generator:
         told = 0
         for _ in self._steps(run):
             known = run.scheduler.drawn(run.samples[0]) - len(run.pending)
-            yield from run.tokens[0, told:known].tolist()
+            with _reading(run.reading):
+                drawn = run.tokens[0, told:known].tolist()
+            yield from drawn
             told = known
 
     def _begin(
@@ -303,18 +306,17 @@ class _Draw:
 
     samples: list[Sample]
     step: int  # of the scheduler, after it
-    ended: (
-        Tensor | None
-    )  # bool [len(samples)] on the host, good once `done` has happened; None: nothing but a limit can end one
-    done: torch.cuda.Event | None
+    ended: Tensor | None  # bool [len(samples)] on the host; None: nothing but a limit can end one
+    done: torch.cuda.Event | None  # from when on `ended` is good
     spent: list[Sample]  # those that have left already, having drawn all they may
 
 
 class _Run:
     """One call of `generate`: what waits, what is live, what has come out.
 
-    A GPU is never waited for within a decode step: the next step is launched first, and which sequences the last one has
-    ended comes to the host meanwhile. Until then they are decoded with the others, and what they draw is dropped.
+    A decode step does not wait for the GPU, unless a sequence may have to make room: the next step is launched first, and which
+    sequences the last one has ended comes to the host meanwhile. Until then they are decoded with the others, and what they
+    draw is dropped.
     """
 
     def __init__(
@@ -585,7 +587,8 @@ class _Run:
         stopped = []
         for sample in (sample for sample in draw.samples if sample.live or sample in draw.spent):
             drawn = draw.step - sample.began
-            text = tokenizer.decode(self.tokens[sample.index, max(0, drawn - tail) : drawn].tolist())
+            last = self.tokens[sample.index, max(0, drawn - tail) : drawn]
+            text = tokenizer.decode(last.clamp(min=0).tolist())  # of a bad row's -1 `_finish` tells
             if drawn >= self.sampling.min_new_tokens and any(string in text for string in strings):
                 self.reasons[sample.index] = "stop"
                 stopped.append(sample)
@@ -608,6 +611,10 @@ class _Run:
         rows = zip(self.tokens[index].cpu(), self.logprobs[index].cpu(), ended.items(), strict=True)
         for tokens, logprobs, (sample, drawn) in rows:
             i, own = sample.index, tokens[:drawn].tolist()
+            if own[-1] < 0:  # plain PyTorch on a GPU raises no flag
+                raise ValueError(
+                    f"sample: logits must be finite or -inf with one finite entry a row, those of sample {i} were not"
+                )
             self.lengths[i] = drawn
             reason = "eos" if own[-1] in self.eos else "stop" if own[-1] in self.sampling.stop_ids else ""
             self.reasons[i] = reason or self.reasons[i] or "length"
