@@ -258,7 +258,7 @@ def _core_arguments(
 ) -> tuple[Any, ...]:
     """The tensors that the core reads, kept alive by the caller, then its numbers: AttentionShape in csrc/cpu/kernels.h."""
     q, k, v = _whole_rows(q, k, v)
-    offsets = (cu_seqlens.contiguous(), None if prefix is None else prefix.contiguous())
+    offsets = _whole_offsets(cu_seqlens, prefix)
     (tokens, heads, dim), sequences = q.shape, cu_seqlens.shape[0] - 1
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     sizes = [tokens, sequences, heads, k.shape[1], dim, *strides, _EVERYTHING if window is None else window]
@@ -268,6 +268,10 @@ def _core_arguments(
 def _whole_rows(*tensors: Tensor) -> list[Tensor]:
     """With channels that lie together; what lies between rows and heads does not matter."""
     return [x if x.stride(2) == 1 else x.contiguous() for x in tensors]
+
+
+def _whole_offsets(cu_seqlens: Tensor, prefix: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return cu_seqlens.contiguous(), None if prefix is None else prefix.contiguous()
 
 
 def _finished(done: bool) -> None:
@@ -285,8 +289,8 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor]:
     from pyrlhf.kernels import attention as kernels
 
-    offsets = (cu_seqlens.contiguous(), None if prefix is None else prefix.contiguous())
-    return kernels.forward(*_whole_rows(q, k, v), *offsets, *masks, fault_flags(q.device), _FAULT)
+    given = *_whole_rows(q, k, v), *_whole_offsets(cu_seqlens, prefix)
+    return kernels.forward(*given, *masks, fault_flags(q.device), _FAULT)
 
 
 def _backward_triton(
@@ -302,13 +306,8 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pyrlhf.kernels import attention as kernels
 
-    rest = (
-        out.contiguous(),
-        lse.contiguous(),
-        cu_seqlens.contiguous(),
-        None if prefix is None else prefix.contiguous(),
-    )
-    return kernels.backward(*_whole_rows(grad_out, q, k, v), *rest, *masks, fault_flags(q.device), _FAULT)
+    given = *_whole_rows(grad_out, q, k, v), out.contiguous(), lse.contiguous(), *_whole_offsets(cu_seqlens, prefix)
+    return kernels.backward(*given, *masks, fault_flags(q.device), _FAULT)
 
 
 # -- torch: heads are laid out [Hkv, group, L, D], so that a key head meets all its queries ----------------------------------
