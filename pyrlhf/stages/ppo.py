@@ -255,16 +255,16 @@ def backward_ppo(
             logprobs, entropy = actors.policy(
                 *place, rows=micro.rows, targets=micro.targets, temperature=config.temperature
             )
-        loss, dlogprobs, _ = ppo_gradients(logprobs, micro.values, micro, config)
+        policy_loss, dlogprobs, _ = ppo_gradients(logprobs, micro.values, micro, config)
         mean_entropy = (micro.weights * entropy).sum()
         if train_policy:
             surrogate = (logprobs * dlogprobs).sum() - config.entropy_coef * mean_entropy
             actors.policy.backward(surrogate, last=end and last)
         values = actors.critic(*place, rows=micro.rows)
-        critics, _, dvalues = ppo_gradients(micro.logprobs, values, micro, config)
+        value_loss, _, dvalues = ppo_gradients(micro.logprobs, values, micro, config)
         actors.critic.backward((values * dvalues).sum(), last=end)
-        stats = loss.stats._replace(value_clip_fraction=critics.stats.value_clip_fraction)
-        sums += torch.stack([loss.policy, critics.value, *stats[:-1], mean_entropy]).detach()
+        stats = policy_loss.stats._replace(value_clip_fraction=value_loss.stats.value_clip_fraction)
+        sums += torch.stack([policy_loss.policy, value_loss.value, *stats[:-1], mean_entropy]).detach()
         ratio_max = torch.maximum(ratio_max, stats.ratio_max)
     numbers = dict(zip(_SUMS, world.sum(sums).tolist(), strict=True))
     return numbers | {"ratio_max": max(world.gather(float(ratio_max)))}
