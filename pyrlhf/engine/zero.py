@@ -52,7 +52,8 @@ class EngineConfig:
         zero_stage: what is sharded over ranks: 0 nothing, 1 optimizer states, 2 also gradients, 3 also weights.
         offload_optimizer: keep masters and moments in host memory (CUDA, ZeRO 1-3).
         tokens_per_microbatch: packed tokens of one forward; it changes memory and speed, never the result.
-        offload_during_rollout: move masters and moments to host memory while the policy generates (CUDA, ZeRO 1-3).
+        offload_during_rollout: move masters and moments to host memory while the policy generates (CUDA, ZeRO 1-3; in bf16
+            ZeRO 1 then runs as 2).
         exact: the policy is trained by the kernels that sample, in the same order, so that both see the same log-probs bit for bit
             (CPU, ZeRO 0-2). It takes longer.
         activation_checkpointing: training keeps each layer's input only and computes the layer again for its gradient: the same bits,
