@@ -179,15 +179,14 @@ def make_on_device(model: ModelConfig, config: PPOConfig, budget: int) -> Actors
 
 def padded_updates(
     model: ModelConfig, settings: Settings, prompts: list[list[int]], rounds: int
-) -> list[tuple[float, float]]:
-    """(milliseconds, peak memory) of updates the usual way, after one that is not counted."""
+) -> tuple[list[float], float]:
+    """Milliseconds of updates the usual way, and the peak memory of the one before them, which is not timed, as in `ours`."""
     ppo = PaddedPPO(llama_config(model), settings, DEVICE, torch.bfloat16)
-    asked, found = torch.tensor(prompts, device=DEVICE), []
+    asked = torch.tensor(prompts, device=DEVICE)
+    forget_peak_memory()
     ppo.update(asked)
-    for _ in range(rounds):
-        forget_peak_memory()
-        found.append((once(lambda: ppo.update(asked)), peak_memory_gib()))
-    return found
+    peak = peak_memory_gib()
+    return [once(lambda: ppo.update(asked)) for _ in range(rounds)], peak
 
 
 def on_gpu(given: argparse.Namespace) -> None:
@@ -200,8 +199,8 @@ def on_gpu(given: argparse.Namespace) -> None:
     prompts = torch.randint(model.vocab_size, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
     settings = Settings(new_tokens, config.minibatches, budget // (length + new_tokens))
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-        seen = alone.submit(padded_updates, model, settings, prompts, given.rounds).result()
-    times, peak = itertools.cycle(ms for ms, _ in seen), max(gib for _, gib in seen)
+        seen, peak = alone.submit(padded_updates, model, settings, prompts, given.rounds).result()
+    times = itertools.cycle(seen)
     actors = make_on_device(model, config, budget)
     own = ours(actors, prompts, config)
     own.run()

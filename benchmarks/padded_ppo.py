@@ -82,7 +82,7 @@ class PaddedPPO:
         self.policy.generation_config.eos_token_id = None
 
     def update(self, prompts: Tensor) -> float:
-        """One update on prompts int64 [B, P]; returns the mean loss."""
+        """One update on prompts int64 [B, P]; returns the sum of its minibatches' losses."""
         start, how = prompts.shape[1], self.settings
         with torch.no_grad():
             tokens = self.respond(prompts)
@@ -126,15 +126,12 @@ class PaddedPPO:
     def look(self, tokens: Tensor, start: int) -> tuple[Tensor, ...]:
         """Log-probs of policy and reference and values [b, N], and the score of each [b]."""
         mask = torch.ones_like(tokens)
-        logprobs = [self.logprobs(model, tokens, mask, start)[0] for model in (self.policy, self.reference)]
+        logprobs = [self.logprobs(model, tokens, mask, start) for model in (self.policy, self.reference)]
         return *logprobs, self.critic(tokens, mask)[:, start - 1 : -1], self.reward(tokens, mask)[:, -1]
 
-    def logprobs(self, model: nn.Module, tokens: Tensor, mask: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    def logprobs(self, model: nn.Module, tokens: Tensor, mask: Tensor, start: int) -> Tensor:
         logits = model(tokens, attention_mask=mask, use_cache=False).logits[:, start - 1 : -1]
-        logp = logits.float().log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(logp.exp() * logp).sum(-1).mean()
-        return logp.gather(2, tokens[:, start:, None])[..., 0], entropy
+        return logits.float().log_softmax(-1).gather(2, tokens[:, start:, None])[..., 0]
 
     def advantages(self, rewards: Tensor, values: Tensor) -> Tensor:
         how, steps, last = self.settings, [], torch.zeros_like(rewards[:, 0])
@@ -148,7 +145,7 @@ class PaddedPPO:
         self, tokens: Tensor, old: Tensor, old_values: Tensor, advantages: Tensor, returns: Tensor, start: int
     ) -> Tensor:
         how, mask = self.settings, torch.ones_like(tokens)
-        logprobs, _ = self.logprobs(self.policy, tokens, mask, start)
+        logprobs = self.logprobs(self.policy, tokens, mask, start)
         values = self.critic(tokens, mask)[:, start - 1 : -1]
         ratio = (logprobs - old).exp()
         policy = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - how.clip, 1 + how.clip)).mean()
