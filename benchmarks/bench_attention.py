@@ -1,9 +1,9 @@
 """attention, forward and backward, against torch's scaled_dot_product_attention as padded models call it.
 
 Ragged: B 8, 12 heads of 64, lengths uniform in 128..512, in torch padded to 512 with the boolean mask of padding and
-causality; dense: B 2, T 2048, is_causal; both in float32 and bfloat16. FLOP/s count the pairs that are visible. Prefix: 8 answers of 64
-tokens that share a prompt of 512, against 8 whole sequences through our own kernel. FLOPs: 14 a visible pair of tokens, channel and head (two products
-forward, five backward).
+causality; dense: B 2, T 2048, is_causal; both in float32 and bfloat16. Prefix: 8 answers of 64 tokens that share a prompt of 512,
+against 8 whole sequences through our own kernel. FLOPs: 14 a visible pair of tokens, channel and head (two products forward,
+five backward).
 
 Targets on 2 cores: ragged 4 times torch in both dtypes, dense float32 1.6 times, prefix 3 times the separate sequences.
 

@@ -1,8 +1,9 @@
 """What every benchmark shares: interleaved timing, the machine's own copy speed measured in the same run, a table, a JSON file.
 
 Where there is a GPU, everything runs there (`DEVICE`): a run is timed by events on the device, after its L2 cache was filled
-with something else; ``CUDA_VISIBLE_DEVICES=`` keeps a benchmark on the CPU. Candidates take turns, so that a slow minute of the machine hits all of them; ratios of one run are what counts. Every result
-is judged against the machine: bytes (or operations) a second, and the share of the speed at which this machine copies memory.
+with something else; ``CUDA_VISIBLE_DEVICES=`` keeps a benchmark on the CPU. Candidates take turns, so that a slow minute of the
+machine hits all of them; ratios of one run are what counts. Every result is judged against the machine: bytes (or operations) a
+second, and the share of the speed at which this machine copies memory.
 """
 
 from __future__ import annotations
@@ -149,13 +150,8 @@ def in_peers(script: str, *args: object) -> Callable[[], dict[str, float]]:
     if not python:
         raise NotMeasured(f"{PEERS} is not set, see benchmarks/peers/README.md")
     command = [python, str(RESULTS.parent / "peers" / script), *map(str, args)]
-    own = (
-        "PYTHONPATH",
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "DS_ACCELERATOR",
-    )  # of this process's packages and its world
+    # of this process's packages and its world
+    own = ("PYTHONPATH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")
     environment = {name: value for name, value in os.environ.items() if name not in own}
     pipe = subprocess.PIPE
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the process
