@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class HybridEngine(ZeroEngine):
     """A `ZeroEngine` that also generates, on the weights as they are at that moment.
 
-    ZeRO 0-2 generate from the live weights, ZeRO 3 gathers each of them once a phase, straight into the layout that decoding
-    reads, and lets go of it afterwards; nothing is communicated while tokens are drawn, so ranks may draw different numbers of
-    them. With `config.exact` training runs on the sampler's own kernels, so that it sees the very log-probs that were sampled.
+    ZeRO 0-2 generate from the live weights, ZeRO 3 gathers each of them once a phase, on the CPU straight into the layout that
+    decoding reads, on CUDA whole for the phase, and lets go of it afterwards; nothing is communicated while tokens are drawn, so
+    ranks may draw different numbers of them. With `config.exact` training runs on the sampler's own kernels, so that it sees the very log-probs that were sampled.
 
     Args:
         policy: the model, perhaps with LoRA adapters (peft) on its linear layers.
