@@ -20,7 +20,8 @@ class HybridEngine(ZeroEngine):
 
     ZeRO 0-2 generate from the live weights, ZeRO 3 gathers each of them once a phase, on the CPU straight into the layout that
     decoding reads, on CUDA whole for the phase, and lets go of it afterwards; nothing is communicated while tokens are drawn, so
-    ranks may draw different numbers of them. With `config.exact` training runs on the sampler's own kernels, so that it sees the very log-probs that were sampled.
+    ranks may draw different numbers of them. With `config.exact` training runs on the sampler's own kernels, so that it sees the
+    very log-probs that were sampled.
 
     Args:
         policy: the model, perhaps with LoRA adapters (peft) on its linear layers.
