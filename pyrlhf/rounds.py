@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from pyrlhf.data import DataConfig, Tokenizer, encode_prompts, read_prompts, read_rankings, shard
 from pyrlhf.engine import EngineConfig, HybridEngine, World
 from pyrlhf.evaluate.samples import prompt_part, prompt_text, sample_answers
-from pyrlhf.metrics import Metrics
+from pyrlhf.metrics import Metrics, rewrite
 from pyrlhf.model import CausalLM
 from pyrlhf.rollout import Sampling
 from pyrlhf.settings import SettingsError
@@ -98,16 +97,16 @@ def collect_rankings(
     if not unranked.exists():
         rows = _draw(config, policy, ppo, world, tokenizer, engine, seed, metrics)
         if world.is_main:
-            _write(unranked, rows)
+            rewrite(unranked, rows)
     world.barrier()
 
     def join() -> None:
         if labeller is not None:
-            _write(ranked, _label(_read(unranked), labeller, tokenizer))
+            rewrite(ranked, _label(_read(unranked), labeller, tokenizer))
         if ranked.exists():
             old = DataConfig(path=str(earlier)) if earlier is not None else reward.data
             new = DataConfig(path=str(ranked))
-            _write(everything, [*_ranking_rows(old), *_ranking_rows(new)])
+            rewrite(everything, [*_ranking_rows(old), *_ranking_rows(new)])
             metrics.note(f"{len(_read(everything))} rankings in {everything}")
 
     world.from_main(join)
@@ -181,9 +180,3 @@ def _ranking_rows(config: DataConfig) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any, Literal
 
 from pyrlhf.data import DataConfig, LengthRule, Tokenizer
 from pyrlhf.engine import EngineConfig, HybridEngine
-from pyrlhf.metrics import Metrics
+from pyrlhf.metrics import Metrics, rewrite
 from pyrlhf.model import CausalLM
 from pyrlhf.rlhf.experience import Responses
 from pyrlhf.rollout import Sampling
@@ -89,8 +87,9 @@ def write_samples(
     rows = _with_text(rows, config, metrics)
     if world.is_main:
         split = len(rows) - config.held_out
-        _write(folder / "samples.jsonl", rows[:split])
-        _write(folder / "held_out.jsonl", rows[split:])
+        folder.mkdir(parents=True, exist_ok=True)
+        rewrite(folder / "samples.jsonl", rows[:split])
+        rewrite(folder / "held_out.jsonl", rows[split:])
     world.barrier()
     policy.close()
     return folder
@@ -113,10 +112,3 @@ def _with_text(rows: Sequence[dict[str, Any]], config: GenerateConfig, metrics: 
             "raise count, or give generate.prompts"
         )
     return kept
-
-
-def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
