@@ -26,6 +26,13 @@ Item = TypeVar("Item")
 # Ids -> packed batches -------------------------------------------------------------------------------------------
 
 
+def moved(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """``x`` on ``device``; from the host to a GPU without a wait for what that is doing (the copy is in its stream's order)."""
+    if str(device).startswith("cuda") and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """``T`` tokens of ``S`` sequences: tokens int64 [T]; positions int64 [T]; cu_seqlens int32 [S+1]; and, where
@@ -46,8 +53,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on ``device``."""
-        prefix = None if self.prefix is None else self.prefix.to(device)
-        return PackedBatch(self.tokens.to(device), self.positions.to(device), self.cu_seqlens.to(device), prefix)
+        prefix = None if self.prefix is None else moved(self.prefix, device)
+        tokens, positions, cu_seqlens = (moved(x, device) for x in (self.tokens, self.positions, self.cu_seqlens))
+        return PackedBatch(tokens, positions, cu_seqlens, prefix)
 
 
 class PackedGroups(NamedTuple):
@@ -63,7 +71,7 @@ class PackedGroups(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedGroups:
         """The groups on ``device``."""
-        return PackedGroups(self.batch.to(device), self.last.to(device), self.cu_groups.to(device))
+        return PackedGroups(self.batch.to(device), moved(self.last, device), moved(self.cu_groups, device))
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> PackedBatch:

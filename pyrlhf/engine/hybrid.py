@@ -98,7 +98,7 @@ class HybridEngine(ZeroEngine):
             "rollout/preemptions": t.preemptions,
         }
 
-    def _agree(self, check: Callable[[], None]) -> None:
+    def _agree(self, check: Callable[[], object]) -> None:
         """Raise on all ranks what any of them finds wrong, so that nobody waits for one that left."""
         words = ""
         try:

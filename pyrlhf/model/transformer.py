@@ -159,7 +159,10 @@ def carried(value: Tensor, carrier: Tensor) -> Tensor:
 
 def take(x: Tensor, rows: Tensor | None) -> Tensor:
     """The ``rows`` int64 [N] of x [T, D], or all of it."""
-    return x if rows is None else x.index_select(0, rows)
+    if rows is None:
+        return x
+    # where a row is asked for twice, only indexing adds its gradients in one order on a GPU; on the CPU it is the slow one
+    return x[rows] if x.is_cuda else x.index_select(0, rows)
 
 
 class Norm(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.data import pack, share_by_tokens
+from pyrlhf.data.packing import moved
 from pyrlhf.rlhf.kl import Estimator, kl_estimate
 from pyrlhf.rlhf.losses import Forward, response_rows, whiten
 
@@ -124,7 +125,7 @@ class Experience:
         return torch.zeros(len(self), dtype=x.dtype).index_add_(0, owner, x)
 
     def to(self, device: torch.device | str) -> Experience:
-        return Experience(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return Experience(**{f.name: moved(getattr(self, f.name), device) for f in fields(self)})
 
     def select(self, indices: Sequence[int]) -> Experience:
         """The responses `indices`, packed anew."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.data import PackedBatch
+from pyrlhf.data.packing import moved
 
 #: A model's forward, plain or through its engine.
 Forward = Callable[..., Any]
@@ -69,7 +70,7 @@ def language_model_loss(
     """
     rows, _ = response_rows(batch.cu_seqlens, prompt_lengths)
     if device is not None:
-        batch, rows = batch.to(device), rows.to(device)
+        batch, rows = batch.to(device), moved(rows, device)
     targets = batch.tokens[rows + 1]
     logprobs, _ = forward(batch.tokens, batch.positions, batch.cu_seqlens, rows=rows, targets=targets)
     return -weight * logprobs.sum()

@@ -141,8 +141,8 @@ class Generator:
     def _begin(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, sample_ids: Sequence[int] | Tensor | None
     ) -> _Run:
-        self.check(prompts, sampling, n, sample_ids)
-        return _Run(self, prompts, sampling, n, _sample_ids(sample_ids, len(prompts), n))
+        pages = self.check(prompts, sampling, n, sample_ids)
+        return _Run(self, prompts, sampling, n, _sample_ids(sample_ids, len(prompts), n), pages)
 
     def check(
         self,
@@ -150,13 +150,15 @@ class Generator:
         sampling: Sampling,
         n: int = 1,
         sample_ids: Sequence[int] | Tensor | None = None,
-    ) -> None:
-        """The errors of `generate` that can be told without doing anything."""
+    ) -> int:
+        """The errors of `generate` that can be told without doing anything; else the pages that its cache would have."""
         _sample_ids(sample_ids, len(prompts), n)
         self._check_prompts(prompts)
         self._check_sampling(sampling)
         samples = self.samples(prompts, sampling, n)
-        Scheduler(Pages(self.page_count(samples), self.page_size), samples, self.max_batch, self.prefill_tokens)
+        pages = self.page_count(samples)
+        Scheduler(Pages(pages, self.page_size), samples, self.max_batch, self.prefill_tokens)
+        return pages
 
     def samples(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int) -> list[Sample]:
         """What is to be scheduled: sample i of prompt p at p * n + i."""
@@ -188,7 +190,7 @@ class Generator:
         logits = rows * config.vocab_size * (2 * dtype.itemsize + 12)
         # weights that ZeRO 3 has elsewhere as yet
         absent = sum(getattr(p, "ds_numel", p.numel()) - p.numel() for p in self.policy.parameters()) * dtype.itemsize
-        return hidden + logits + absent + _LIBRARIES
+        return hidden + logits + absent + self.weights.folded_bytes() + _LIBRARIES
 
     def take_cache(self, pages: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
         """A cache of `pages` pages, all free: the one of the call before where it serves, as fresh memory is slow to touch."""
@@ -320,10 +322,16 @@ class _Run:
     """
 
     def __init__(
-        self, generator: Generator, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, ids: Tensor
+        self,
+        generator: Generator,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        n: int,
+        ids: Tensor,
+        pages: int,
     ) -> None:
         self.generator, self.policy, self.sampling = generator, generator.policy, sampling
-        self.n, self.prompts = n, prompts
+        self.n, self.prompts, self.page_count = n, prompts, pages
         weight = self.policy.trunk.embed.tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
         self.sample_ids = ids
@@ -346,13 +354,13 @@ class _Run:
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
 
     def start(self) -> None:
-        """Room for keys, values and outputs in the memory that is left, and nobody live yet."""
+        """Room for keys, values and outputs, and nobody live yet."""
         on_cuda = self.device.type == "cuda"
         self.ahead = _runs_ahead(self.device)
         self.pool = torch.cuda.graph_pool_handle() if on_cuda else None
         self.reading: Any = torch.cuda.Stream(self.device) if on_cuda else None
         generator = self.generator
-        self.cache = generator.take_cache(generator.page_count(self.samples), self.dtype, self.device)
+        self.cache = generator.take_cache(self.page_count, self.dtype, self.device)
         self.pages = self.cache.pages
         self.scheduler = Scheduler(self.pages, self.samples, generator.max_batch, generator.prefill_tokens)
         width, count = int(self.limits.max()) if len(self.limits) else 0, len(self.sample_ids)

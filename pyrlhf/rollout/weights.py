@@ -79,6 +79,11 @@ class DecodeWeights:
             self.bytes = sum(w.panels.numel() * w.panels.element_size() for w in self._packed.values())
             yield
 
+    def folded_bytes(self) -> int:
+        """Bytes of the second copies that weights with an adapter have inside `in_use`, where nothing is packed."""
+        folded = [layer.weight for layer, adapter in self._layers() if adapter is not None and not _packs(layer.weight)]
+        return sum(getattr(w, "ds_numel", w.numel()) * w.element_size() for w in folded)
+
     def attach(self) -> None:
         """Write the copies anew and leave them in use."""
         for layer, _ in self._layers():
@@ -114,7 +119,7 @@ def _packs(weight: Tensor) -> bool:
 def _check_finite(weights: Sequence[Tensor], policy: nn.Module) -> None:
     """ValueError names the first that is not. A device is waited for once."""
     # a sum takes half the time of isfinite().all(): it runs at memory's speed
-    finite = [weight.detach().sum().isfinite() for weight in weights]
+    finite = [w.detach().sum(dtype=torch.float32 if w.dtype == torch.float16 else None).isfinite() for w in weights]
     if not finite or bool(torch.stack(finite).all()):
         return
     bad = weights[torch.stack(finite).tolist().index(False)]

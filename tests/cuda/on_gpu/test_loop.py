@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from pyrlhf.data import pack_groups
 from pyrlhf.metrics import read_lines
 
 pytestmark = [
@@ -46,6 +47,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps(folder: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(folder / "metrics.jsonl") if "seconds" in line]
+
+
+def test_a_batch_goes_to_the_device_without_a_wait() -> None:
+    groups = pack_groups([([1, 2, 3], [[4], [5, 6]]), ([7], [[8, 9], [10]])])
+    groups.to(DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = groups.to(DEVICE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert there.batch.tokens.tolist() == groups.batch.tokens.tolist()
+    assert there.cu_groups.tolist() == groups.cu_groups.tolist()
 
 
 @pytest.mark.parametrize("zero", range(4))
