@@ -10,7 +10,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,8 +39,20 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         yield torch.device("cuda", torch.cuda.current_device())  # by it the kernels know their fault flags
         torch.cuda.synchronize()  # what a kernel did wrong is this test's fault
         return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
     checking.pretend_to_be_on_cuda(monkeypatch, {_core.use_triton: checking.for_kernels_of_a_gpu})
     yield torch.device("cpu")
+
+
+def _dot(builder: Any, a: Any, b: Any, sums: Any, *precision: Any) -> Any:
+    """tl.dot, each number summed in the same order wherever it lies in its tile: the interpreter's own goes to BLAS, which on some CPUs does not."""
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = sums.data.dtype
+    product = np.einsum("ik,kj->ij", *(x.data.astype(wide, order="C") for x in (a, b)))
+    return TensorHandle(product + sums.data, sums.dtype.scalar)
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
