@@ -174,6 +174,16 @@ def test_pages_come_from_what_is_left_and_go_back(
     assert torch.cuda.memory_reserved() <= before[1] + (4 << 20)
 
 
+def test_call_after_call_takes_no_more_memory() -> None:
+    """Neither graphs nor the streams that they are captured on leave a library's workspace behind each time."""
+    policy, sampling, held = model("llama").cuda(), Sampling(max_new_tokens=8, seed=1), []
+    for _ in range(8):
+        Generator(policy).generate(prompts(), sampling)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert max(held[2:]) <= held[1]
+
+
 def trained_view(policy: CausalLM, out: Rollouts) -> torch.Tensor:
     e = assemble(Responses.of(out), torch.zeros(len(out))).to("cuda")
     with torch.enable_grad():
