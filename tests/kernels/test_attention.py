@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import as_good_as, equal, offsets, poisoned, same_bits, values_and_grads
+from checking import as_good_as, captured, equal, masks_drawn, offsets, poisoned, same_bits, values_and_grads
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -190,18 +190,7 @@ def problems(draw):
     """Ragged lengths and what their tokens see: lengths, keywords of attention."""
     length = st.one_of(st.integers(0, 5), st.integers(0, 2 * ROWS + 1))
     lengths = draw(st.lists(length, min_size=1, max_size=4))
-    kind = draw(st.sampled_from(["causal", "bidirectional", "window", "prefix", "prefix, bidirectional"]))
-    if kind == "window":
-        return lengths, {"window": draw(st.integers(1, 2 * ROWS))}
-    keywords: dict[str, Any] = {"causal": "bidirectional" not in kind}
-    if "prefix" in kind:
-        ends = offsets(lengths).tolist()
-        rows = []
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
-            side = draw(st.sampled_from([(0, start), (end, ends[-1])]))
-            rows.append(sorted(draw(st.tuples(st.integers(*side), st.integers(*side)))))
-        keywords["prefix"] = torch.tensor(rows, dtype=torch.int32)
-    return lengths, keywords
+    return lengths, masks_drawn(draw, lengths, 2 * ROWS)
 
 
 @settings(max_examples=40 if GPU else 8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -527,16 +516,10 @@ def test_graph_capture(device):
         out = attention(q, k, v, cu, prefix=prefix)
         return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()  # compiled, and the fault flags are there
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     for lengths in ([500, 100, 100], [500, 3, 197]):  # other offsets in the same memory
         cu.copy_(offsets(lengths))
-        for x in captured:
+        for x in results:
             x.detach().fill_(torch.nan)
         graph.replay()
-        assert equal([x.clone() for x in captured], step())
+        assert equal([x.clone() for x in results], step())

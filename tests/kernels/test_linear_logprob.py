@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import equal, same_bits
+from checking import captured, equal, same_bits
 from torch import Tensor
 
 from pyrlhf.ops import linear_logprob, linear_logprob_ref
@@ -412,14 +412,8 @@ def test_graph_capture(device):
         logprob, entropy = linear_logprob(hidden, weight, targets, bias=bias)
         return [logprob, entropy, *torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight, bias))]
 
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()  # compiled, and the fault flags are there
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for x in captured:
+    graph, results = captured(step)
+    for x in results:
         x.fill_(torch.nan)
     graph.replay()
-    assert equal([x.clone() for x in captured], step())
+    assert equal([x.clone() for x in results], step())

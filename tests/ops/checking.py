@@ -117,6 +117,19 @@ def pretend_to_be_on_cuda(monkeypatch: pytest.MonkeyPatch, served: dict[Any, Any
                     monkeypatch.setattr(module, attribute, replaced[value])
 
 
+def captured(step: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of ``step``, and what it gives, which each replay writes anew. A first call compiles, allocates and makes the flags."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = step()
+    return graph, given
+
+
 def mark_as_of_a_gpu(items: Sequence[pytest.Item], folder: Path) -> None:
     """Marks ``gpu`` the tests in this folder that ask for a device."""
     for item in items:
@@ -159,6 +172,24 @@ def activation_in_float64(kind: str, x: Tensor) -> Tensor:
         "silu": lambda: x * torch.sigmoid(x),
     }
     return forms[kind]()
+
+
+def masks_drawn(draw: Callable[[Any], Any], lengths: Sequence[int], widest: int) -> dict[str, Any]:
+    """For hypothesis: keywords of `attention` that say what tokens of such sequences see; a window is at most ``widest``."""
+    from hypothesis import strategies as st  # which the tests of a GPU do without
+
+    kind = draw(st.sampled_from(["causal", "bidirectional", "window", "prefix", "prefix, bidirectional"]))
+    if kind == "window":
+        return {"window": draw(st.integers(1, widest))}
+    keywords: dict[str, Any] = {"causal": "bidirectional" not in kind}
+    if "prefix" in kind:
+        ends = offsets(lengths).tolist()
+        rows = []
+        for start, end in zip(ends[:-1], ends[1:], strict=True):
+            side = draw(st.sampled_from([(0, start), (end, ends[-1])]))
+            rows.append(sorted(draw(st.tuples(st.integers(*side), st.integers(*side)))))
+        keywords["prefix"] = torch.tensor(rows, dtype=torch.int32)
+    return keywords
 
 
 def sampled_rows(count: int, vocab: int, seed: int = 0, scale: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:

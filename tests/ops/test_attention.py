@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from checking import equal, lines_of, offsets, running_on
+from checking import equal, lines_of, masks_drawn, offsets, running_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -241,18 +241,7 @@ def test_non_contiguous_inputs():
 def problems(draw):
     """Ragged lengths and what their tokens see: lengths, keywords of attention."""
     lengths = draw(st.lists(st.one_of(st.integers(0, 9), st.integers(0, 150)), min_size=1, max_size=7))
-    kind = draw(st.sampled_from(["causal", "bidirectional", "window", "prefix", "prefix, bidirectional"]))
-    if kind == "window":
-        return lengths, {"window": draw(st.integers(1, 160))}
-    keywords = {"causal": "bidirectional" not in kind}
-    if "prefix" in kind:
-        ends = offsets(lengths).tolist()
-        rows = []
-        for start, end in zip(ends[:-1], ends[1:], strict=True):
-            side = draw(st.sampled_from([(0, start), (end, ends[-1])]))
-            rows.append(sorted(draw(st.tuples(st.integers(*side), st.integers(*side)))))
-        keywords["prefix"] = torch.tensor(rows, dtype=torch.int32)
-    return lengths, keywords
+    return lengths, masks_drawn(draw, lengths, 160)
 
 
 @settings(max_examples=150, deadline=None)

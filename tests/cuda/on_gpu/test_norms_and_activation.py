@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from checking import equal
+from checking import captured, equal
 from torch import Tensor
 
 from pyrlhf.ops import activation, layer_norm, rms_norm
@@ -68,13 +68,7 @@ def test_more_elements_than_32_bits_count() -> None:
 
 def test_in_a_graph() -> None:
     given = [t.detach() for t in inputs(100, 1024)]
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        norms_and_activation(*given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = norms_and_activation(*given)
+    graph, outs = captured(lambda: norms_and_activation(*given))
     for new, old in zip(inputs(100, 1024, torch.float32), given, strict=True):
         old.copy_(new * 1.7)
     graph.replay()
@@ -85,10 +79,7 @@ def test_gradients_in_a_graph() -> None:
     given = inputs(100, 1024)
     cotangents = [torch.ones(100, 1024, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     expected = torch.autograd.grad(norms_and_activation(*given), given, cotangents)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = torch.autograd.grad(norms_and_activation(*given), given, cotangents)
+    graph, found = captured(lambda: torch.autograd.grad(norms_and_activation(*given), given, cotangents))
     graph.replay()
     assert equal(found, expected)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checking import captured
 from torch import Tensor
 
 from pyrlhf.ops import sample, sampled_logprob
@@ -63,14 +64,7 @@ def test_a_graph_replays_with_new_logits_ids_and_positions(options: dict[str, An
     first, second = ([t.cuda() for t in rows(5, 128_256, seed=seed)] for seed in (0, 1))
     expected = [sample(*each, seed=1, **options) for each in (first, second)]
     held = [t.clone() for t in first]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        sample(*held, seed=1, **options)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        tokens, logprobs = sample(*held, seed=1, **options)
+    graph, (tokens, logprobs) = captured(lambda: sample(*held, seed=1, **options))
     for each, wanted in zip((first, second, first), (*expected, expected[0]), strict=True):
         for place, t in zip(held, each, strict=True):
             place.copy_(t)
