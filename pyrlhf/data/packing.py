@@ -26,13 +26,6 @@ Item = TypeVar("Item")
 # Ids -> packed batches -------------------------------------------------------------------------------------------
 
 
-def moved(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """``x`` on ``device``; from the host to a GPU without a wait for what that is doing (the copy is in its stream's order)."""
-    if str(device).startswith("cuda") and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 @dataclass(frozen=True)
 class PackedBatch:
     """``T`` tokens of ``S`` sequences: tokens int64 [T]; positions int64 [T]; cu_seqlens int32 [S+1]; and, where
@@ -53,6 +46,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The batch on ``device``."""
+        from pyrlhf.ops._memory import moved
+
         prefix = None if self.prefix is None else moved(self.prefix, device)
         tokens, positions, cu_seqlens = (moved(x, device) for x in (self.tokens, self.positions, self.cu_seqlens))
         return PackedBatch(tokens, positions, cu_seqlens, prefix)
@@ -71,6 +66,8 @@ class PackedGroups(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedGroups:
         """The groups on ``device``."""
+        from pyrlhf.ops._memory import moved
+
         return PackedGroups(self.batch.to(device), moved(self.last, device), moved(self.cu_groups, device))
 
 

@@ -1,4 +1,4 @@
-"""Memory for what a decode step streams through: packed weights and the KV cache."""
+"""Memory for what a decode step streams through, packed weights and the KV cache; and the way to a device."""
 
 from __future__ import annotations
 
@@ -27,3 +27,10 @@ def streamed(shape: Sequence[int], dtype: torch.dtype, device: torch.device | st
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=elements).view(*shape)
+
+
+def moved(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``; from the host to a GPU without a wait for what that is doing (the copy is in its stream's order)."""
+    if torch.device(device).type == "cuda" and x.is_cpu and x.numel():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.data import pack, share_by_tokens
-from pyrlhf.data.packing import moved
+from pyrlhf.ops._memory import moved
 from pyrlhf.rlhf.kl import Estimator, kl_estimate
 from pyrlhf.rlhf.losses import Forward, response_rows, whiten
 

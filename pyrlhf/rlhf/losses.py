@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.data import PackedBatch
-from pyrlhf.data.packing import moved
+from pyrlhf.ops._memory import moved
 
 #: A model's forward, plain or through its engine.
 Forward = Callable[..., Any]

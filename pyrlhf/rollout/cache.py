@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.ops._core import use_core, use_cuda_core
-from pyrlhf.ops._memory import streamed
+from pyrlhf.ops._memory import moved, streamed
 from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
 from pyrlhf.ops.write_kv import store, turn_and_store
 from pyrlhf.rollout.scheduler import Pages
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of these numbers on the device, without waiting for what the device is doing."""
-    pinned = device.type == "cuda" and len(values) > 0
-    return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
+    return moved(torch.tensor(values, dtype=dtype), device)
 
 
 class PagedCache:
