@@ -1,12 +1,15 @@
 // Attention of one new token a row over the keys and values of its sequence in the paged cache.
 //
-// An item is one row, one chunk of `key_chunk` tokens and a range of key heads. Block by block it takes the heads in
-// turn, once for all query heads that share a key head; meanwhile the next block, of this item or the thread's next
-// one, is fetched line by line in the order in which it lies. The softmax is online; the chunks of a row are joined in
-// order. Where several heads fit in a vector they lie in it side by side, as in the cache, and a chunk is one block.
-// Chunks and blocks are counted from the start of the row's sequence, so a row's bits depend on its own length and
-// tokens only. Scores, probabilities and sums are float32; places past a row's end are never read.
+// An item is one row, one chunk of `key_chunk` tokens and a range of key heads. Block by block all heads look at the
+// block's keys, a few tokens at a time and head by head within those; then the scores are softened, then the values are
+// gathered in the same way. So the cache is read as it lies, and the hardware sees a stream that it can follow; what
+// comes next is asked for a fixed distance ahead, across the ends of pages, blocks and items. The softmax is online;
+// the chunks of a row are joined in order. Where several heads fit in a vector they lie in it side by side, as in the
+// cache, and a chunk is one block. Chunks and blocks are counted from the start of the row's sequence, so a row's bits
+// depend on its own length and tokens only. Scores, probabilities and sums are float32; places past a row's end are
+// never read.
 #include <cstdlib>
+#include <type_traits>
 
 #if defined(_OPENMP)
 #    include <omp.h>
@@ -19,9 +22,10 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t key_block = 32;
+constexpr int64_t key_block = 128;  // tokens whose scores are softened together
 constexpr int64_t key_chunk = 512;
-constexpr int most_heads = 4;  // query heads in registers at a time
+constexpr int together = 4;               // tokens, and at most query heads, in registers at a time
+constexpr int64_t ahead_bytes = 1 << 13;  // what is asked for and not yet read
 constexpr int64_t most_dim = 256;
 constexpr float lowest = -3.402823466e38f;
 constexpr float log2_e = 1.44269504088896341f;
@@ -46,16 +50,20 @@ PYRLHF_INLINE void find_tokens(const Cache<T>& cache, int64_t first, int64_t cou
     }
 }
 
-// 32-bit units: float, or two neighbouring bfloat16. `left` bytes are there, the rest becomes zero.
-PYRLHF_INLINE vi load_bytes(const char* p, int64_t left) {
+template <typename T>
+constexpr int64_t elements = sizeof(vi) / sizeof(T);  // in a vector of 32-bit units: floats, or pairs of bfloat16
+
+// The units of `left` elements; the rest becomes zero.
+template <typename T>
+PYRLHF_INLINE vi load_some(const T* p, int64_t left) {
     vi out = {};
-    if (left >= static_cast<int64_t>(sizeof(out)))
+    if (left >= elements<T>)
         memcpy(&out, p, sizeof(out));
-    else
+    else if (left > 0)
 #if defined(PYRLHF_ISA_avx512) || defined(PYRLHF_ISA_avx512_bf16)
-        out = (vi)_mm512_maskz_loadu_epi16((1u << (left / 2)) - 1, p);
+        out = (vi)_mm512_maskz_loadu_epi16((1u << (left * static_cast<int64_t>(sizeof(T) / 2))) - 1, p);
 #else
-        memcpy(&out, p, static_cast<size_t>(left));
+        memcpy(&out, p, static_cast<size_t>(left) * sizeof(T));
 #endif
     return out;
 }
@@ -67,61 +75,74 @@ PYRLHF_INLINE vf load_channels(const T* row, int64_t left) {
     return left >= W ? load(row) : load(row, Part{static_cast<int>(left)});
 }
 
-// Asks for the lines of a block's rows one after the other, a few at a time. Any address is fine: a prefetch does not
-// fault.
-struct Fetch {
-    const char* base;
-    const int64_t* offsets;  // of the rows, in bytes
-    int64_t rows, row_bytes, at_once;
-    int64_t row = 0, byte = 0;
+// Tokens [first, end) of one row, against some key heads from `cache` on. Without tokens it is nothing to do.
+template <typename T>
+struct Item {
+    int64_t row, head;  // the first query head
+    int64_t partial;    // where its result goes
+    Cache<T> cache;
+    int64_t first, end;
 };
-PYRLHF_INLINE void ask(Fetch& fetch) {
-    for (int64_t i = 0; i < fetch.at_once && fetch.row < fetch.rows; ++i) {
-        __builtin_prefetch(fetch.base + fetch.offsets[fetch.row] + fetch.byte, 0, 2);
-        fetch.byte += 64;
-        if (fetch.byte >= fetch.row_bytes) fetch.byte = 0, ++fetch.row;
+
+// What one item keeps: for each of its query heads the scores of a block, the softmax so far and the weighted sum of
+// values.
+struct Work {
+    vi* q;  // [heads][q_row] units
+    int64_t q_row;
+    float *scores, *highest, *total, *sums;  // [heads][key_block], [heads], [heads], [heads][sums_row]
+    int64_t sums_row;
+};
+
+// A block's keys, its values and the first `ahead` keys of what follows it, in the order in which they are read; where
+// nothing follows, rows that have been read already.
+template <typename T>
+PYRLHF_INLINE void find_rows(const Item<T>& item, int64_t first, int64_t count, const Item<T>& next, int64_t ahead,
+                             const T** rows) {
+    int64_t offsets[key_block];
+    find_tokens(item.cache, first, count, offsets);
+    for (int64_t j = 0; j < count; ++j) {
+        rows[j] = item.cache.k + offsets[j];
+        rows[count + j] = item.cache.v + offsets[j];
     }
+    const Item<T>& source = first + count < item.end ? item : next;
+    const int64_t follows = first + count < item.end ? first + count : next.first;
+    const int64_t there = least(ahead, source.end - follows);
+    if (there > 0) find_tokens(source.cache, follows, there, offsets);
+    for (int64_t j = 0; j < ahead; ++j)
+        rows[2 * count + j] = there > 0 ? source.cache.k + offsets[least(j, there - 1)] : rows[0];
 }
 
-// The keys and values of the block that comes next.
-struct Ahead {
-    Fetch k, v;
-};
+// Asks for the lines of `dim` elements of some rows. Any address is fine: a prefetch does not fault.
+template <typename T>
+PYRLHF_INLINE void ask(const T* const* rows, int64_t offset, int64_t dim) {
+    for (int i = 0; i < together; ++i)
+        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(rows[i] + offset + d);
+}
 
-// One block of tokens: where they lie, in elements.
-struct Block {
-    const int64_t* offsets;
-    int64_t count;
-};
-
-// scores[h][j] = factor * q[h] . k[j]
+// scores[h][i] = factor * q[h] . rows[i] for `count` rows; behind them it writes anything, up to `together` scores.
 template <int H, typename T>
-PYRLHF_INLINE void score(const Cache<T>& cache, const Block& block, int64_t dim, const vi* q, int64_t q_row,
-                         float factor, float* scores, Fetch& ahead) {
+PYRLHF_INLINE void score(const T* const* rows, int64_t count, int64_t offset, int64_t dim, const vi* q, int64_t q_row,
+                         float factor, float* scores) {
     const int64_t bytes = dim * static_cast<int64_t>(sizeof(T)), whole = bytes / static_cast<int64_t>(sizeof(vi));
-    for (int64_t j = 0; j < block.count; j += W) {
-        vf sums[H][W];
-        for (int i = 0; i < W; ++i) {
-            vf sum[H] = {};
-            if (j + i < block.count) {
-                const char* row = reinterpret_cast<const char*>(cache.k + block.offsets[j + i]);
-                ask(ahead);
-                for (int64_t u = 0; u < whole; ++u) {
-                    vi units;
-                    memcpy(&units, row + u * static_cast<int64_t>(sizeof(vi)), sizeof(units));
-                    for (int h = 0; h < H; ++h) sum[h] = multiply_units(q[h * q_row + u], units, sum[h], cache.k);
-                }
-                if (const int64_t at = whole * static_cast<int64_t>(sizeof(vi)); at < bytes) {
-                    const vi units = load_bytes(row + at, bytes - at);
-                    for (int h = 0; h < H; ++h) sum[h] = multiply_units(q[h * q_row + whole], units, sum[h], cache.k);
-                }
-            }
-            for (int h = 0; h < H; ++h) sums[h][i] = sum[h];
+    const T* row[together];
+    for (int i = 0; i < together; ++i) row[i] = rows[least(i, count - 1)] + offset;
+    vf sums[H][together] = {};
+    for (int64_t u = 0; u < whole; ++u)
+        for (int i = 0; i < together; ++i) {
+            vi units;
+            memcpy(&units, row[i] + u * elements<T>, sizeof(units));
+            for (int h = 0; h < H; ++h) sums[h][i] = multiply_units(q[h * q_row + u], units, sums[h][i], row[i]);
         }
-        for (int h = 0; h < H; ++h) {
-            const vf dots = sum_segments<W>([&](int i) PYRLHF_LAMBDA { return sums[h][i]; });
-            store(scores + h * key_block + j, dots * factor);
+    if (const int64_t done = whole * elements<T>; done < dim)
+        for (int i = 0; i < together; ++i) {
+            const vi units = load_some(row[i] + done, dim - done);
+            for (int h = 0; h < H; ++h) sums[h][i] = multiply_units(q[h * q_row + whole], units, sums[h][i], row[i]);
         }
+    for (int h = 0; h < H; ++h) {
+        const vf parts = sum_segments<together>([&](int i) PYRLHF_LAMBDA { return sums[h][i]; });
+        const vf dots = sum_across_segments<together>(parts) * factor;
+        memcpy(scores + h * key_block, &dots, together * sizeof(float));
     }
 }
 
@@ -149,135 +170,92 @@ PYRLHF_INLINE float soften(float* scores, int64_t count, float& highest, float& 
     return shrink;
 }
 
-// sums[h] = sums[h] * shrink[h] + sum over j of scores[h][j] * v[j], for the N vectors of channels from d on.
+// sums[h] += sum over i of scores[h][i] * rows[i], for the N vectors of channels from d on.
 template <int H, int N, typename T>
-PYRLHF_INLINE void gather_channels(const Cache<T>& cache, const Block& block, int64_t d, int64_t left,
-                                   const float* scores, const float* shrink, float* sums, int64_t sums_row,
-                                   Fetch& ahead) {
+PYRLHF_INLINE void gather_channels(const T* const* rows, int64_t count, int64_t offset, int64_t left,
+                                   const float* scores, float* sums, int64_t sums_row) {
     vf total[H][N];
     for (int h = 0; h < H; ++h)
-        for (int n = 0; n < N; ++n) total[h][n] = load(sums + h * sums_row + d + n * W) * shrink[h];
-    for (int64_t j = 0; j < block.count; ++j) {
-        const T* row = cache.v + block.offsets[j] + d;
-        if (d == 0) ask(ahead);
+        for (int n = 0; n < N; ++n) total[h][n] = load(sums + h * sums_row + n * W);
+    for (int64_t i = 0; i < count; ++i) {
+        const T* row = rows[i] + offset;
         vf values[N];
         for (int n = 0; n < N; ++n)
             values[n] = n + 1 < N || left >= N * W ? load(row + n * W) : load_channels(row + n * W, left - n * W);
         for (int h = 0; h < H; ++h)
-            for (int n = 0; n < N; ++n) total[h][n] += values[n] * scores[h * key_block + j];
+            for (int n = 0; n < N; ++n) total[h][n] += values[n] * scores[h * key_block + i];
     }
     for (int h = 0; h < H; ++h)
-        for (int n = 0; n < N; ++n) store(sums + h * sums_row + d + n * W, total[h][n]);
+        for (int n = 0; n < N; ++n) store(sums + h * sums_row + n * W, total[h][n]);
 }
 
 template <int H, typename T>
-PYRLHF_INLINE void gather_values(const Cache<T>& cache, const Block& block, int64_t dim, const float* scores,
-                                 const float* shrink, float* sums, int64_t sums_row, Fetch& ahead) {
+PYRLHF_INLINE void gather(const T* const* rows, int64_t count, int64_t offset, int64_t dim, const float* scores,
+                          float* sums, int64_t sums_row) {
     int64_t d = 0;
     for (; dim - d > (tile_vectors - 1) * W; d += tile_vectors * W)
-        gather_channels<H, tile_vectors>(cache, block, d, dim - d, scores, shrink, sums, sums_row, ahead);
-    for (; dim - d > W; d += 2 * W)
-        gather_channels<H, 2>(cache, block, d, dim - d, scores, shrink, sums, sums_row, ahead);
-    for (; dim - d > 0; d += W) gather_channels<H, 1>(cache, block, d, dim - d, scores, shrink, sums, sums_row, ahead);
+        gather_channels<H, tile_vectors>(rows, count, offset + d, dim - d, scores, sums + d, sums_row);
+    for (; dim - d > W; d += 2 * W) gather_channels<H, 2>(rows, count, offset + d, dim - d, scores, sums + d, sums_row);
+    for (; dim - d > 0; d += W) gather_channels<H, 1>(rows, count, offset + d, dim - d, scores, sums + d, sums_row);
 }
 
-// What one item keeps: for each of its query heads the softmax so far and the weighted sum of values.
-struct Work {
-    vi* q;  // [heads][q_row] units
-    int64_t q_row;
-    float *highest, *total, *sums;  // [heads], [heads], [heads][sums_row]
-    int64_t sums_row;
-};
-
-template <int H, typename T>
-PYRLHF_INLINE void attend_heads(const Cache<T>& cache, const Block& block, int64_t dim, float factor, const Work& work,
-                                int64_t h, Ahead& ahead) {
-    float scores[most_heads * key_block], shrink[most_heads];
-    score<H>(cache, block, dim, work.q + h * work.q_row, work.q_row, factor, scores, ahead.k);
-    for (int i = 0; i < H; ++i)
-        shrink[i] = soften(scores + i * key_block, block.count, work.highest[h + i], work.total[h + i]);
-    gather_values<H>(cache, block, dim, scores, shrink, work.sums + h * work.sums_row, work.sums_row, ahead.v);
+// f(h, how many) for the query heads [0, group) of a key head, up to `together` at once.
+template <typename F>
+PYRLHF_INLINE void for_query_heads(int64_t group, F f) {
+    int64_t h = 0;
+    for (; group - h >= together; h += together) f(h, std::integral_constant<int, together>{});
+    if (group - h == 1) f(h, std::integral_constant<int, 1>{});
+    if (group - h == 2) f(h, std::integral_constant<int, 2>{});
+    if (group - h == 3) f(h, std::integral_constant<int, 3>{});
 }
 
-template <typename T>
-PYRLHF_INLINE void attend_group(const Cache<T>& cache, const Block& block, int64_t group, int64_t dim, float factor,
-                                const Work& work, int64_t first, Ahead& ahead) {
-    for (int64_t h = 0; h < group; h += most_heads) {
-        if (group - h == 1) attend_heads<1>(cache, block, dim, factor, work, first + h, ahead);
-        if (group - h == 2) attend_heads<2>(cache, block, dim, factor, work, first + h, ahead);
-        if (group - h == 3) attend_heads<3>(cache, block, dim, factor, work, first + h, ahead);
-        if (group - h >= 4) attend_heads<4>(cache, block, dim, factor, work, first + h, ahead);
+// The scores of a block relative to the highest so far, and the sums of the blocks before it as well.
+PYRLHF_INLINE void soften_all(int64_t heads, int64_t count, const Work& work) {
+    for (int64_t h = 0; h < heads; ++h) {
+        const float shrink = soften(work.scores + h * key_block, count, work.highest[h], work.total[h]);
+        float* const sums = work.sums + h * work.sums_row;
+        for (int64_t d = 0; d < work.sums_row; d += W) store(sums + d, load(sums + d) * shrink);
     }
-}
-
-// Tokens [first, end) of one row, against some key heads from `cache` on. Without tokens it is nothing to do.
-template <typename T>
-struct Item {
-    int64_t row, head;  // the first query head
-    int64_t partial;    // where its result goes
-    Cache<T> cache;
-    int64_t first, end;
-};
-
-// Blocks end at multiples of key_block.
-template <typename T>
-PYRLHF_INLINE int64_t block_length(const Item<T>& item, int64_t first) {
-    return least(item.end - first, key_block - first % key_block);
-}
-
-// Where the rows of a block lie in bytes, to be fetched during `passes` passes over a row of another.
-template <typename T>
-PYRLHF_INLINE Ahead ahead_of(const Cache<T>& cache, const int64_t* offsets, int64_t count, int64_t elements,
-                             int64_t passes, int64_t* bytes) {
-    const int64_t row_bytes = elements * static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < count; ++j) bytes[j] = offsets[j] * static_cast<int64_t>(sizeof(T));
-    const int64_t at_once = (count * ((row_bytes + 63) / 64) + passes - 1) / passes;
-    return {{reinterpret_cast<const char*>(cache.k), bytes, count, row_bytes, at_once},
-            {reinterpret_cast<const char*>(cache.v), bytes, count, row_bytes, at_once}};
-}
-
-// Asks for the first block of an item at once.
-template <typename T>
-PYRLHF_INLINE void fetch_first(const Item<T>& item, int64_t elements) {
-    if (item.first >= item.end) return;
-    int64_t offsets[key_block], bytes[key_block];
-    const int64_t count = block_length(item, item.first);
-    find_tokens(item.cache, item.first, count, offsets);
-    Ahead ahead = ahead_of(item.cache, offsets, count, elements, 1, bytes);
-    ask(ahead.k);
-    ask(ahead.v);
 }
 
 template <typename T>
 PYRLHF_INLINE void attend_tokens(const Item<T>& item, const Item<T>& next, int64_t kv_heads, int64_t group, int64_t dim,
                                  float factor, const Work& work) {
-    int64_t offsets[2][key_block], bytes[key_block];
-    int64_t first = item.first, count = block_length(item, first);
-    find_tokens(item.cache, first, count, offsets[0]);
-    for (int turn = 0; first < item.end; turn ^= 1) {
-        const bool last = first + count == item.end;
-        const Item<T>& source = last ? next : item;
-        const int64_t follows = last ? next.first : first + count;
-        const int64_t following = follows < source.end ? block_length(source, follows) : 0;
-        if (following) find_tokens(source.cache, follows, following, offsets[turn ^ 1]);
-        const int64_t passes = count * kv_heads * ((group + most_heads - 1) / most_heads);
-        Ahead ahead = ahead_of(source.cache, offsets[turn ^ 1], following, kv_heads * dim, passes, bytes);
-        for (int64_t h = 0; h < kv_heads; ++h)
-            attend_group(item.cache.at_head(h * dim), {offsets[turn], count}, group, dim, factor, work, h * group,
-                         ahead);
-        first += count;
-        count = following;
+    const int64_t row_bytes = kv_heads * dim * static_cast<int64_t>(sizeof(T));
+    const int64_t ahead = least(key_block - together, round_up(divide_up(ahead_bytes, row_bytes), together));
+    const T* rows[3 * key_block];
+    for (int64_t first = item.first, count; first < item.end; first += count) {
+        // Blocks end at multiples of key_block.
+        count = least(item.end - first, key_block - first % key_block);
+        find_rows(item, first, count, next, ahead + together, rows);
+        // Every key head, within it its query heads, for a few tokens after the other.
+        const auto for_tokens = [&](const T* const* from, auto f) PYRLHF_LAMBDA {
+            for (int64_t j = 0; j < count; j += together)
+                for (int64_t head = 0; head < kv_heads; ++head) {
+                    ask(from + j + ahead, head * dim, dim);
+                    for_query_heads(group, [&](int64_t h, auto heads) PYRLHF_LAMBDA {
+                        f(from + j, least(together, count - j), head * dim, head * group + h, heads,
+                          work.scores + (head * group + h) * key_block + j);
+                    });
+                }
+        };
+        for_tokens(rows, [&](const T* const* keys, int64_t n, int64_t offset, int64_t h, auto heads,
+                             float* scores) PYRLHF_LAMBDA {
+            score<heads.value>(keys, n, offset, dim, work.q + h * work.q_row, work.q_row, factor, scores);
+        });
+        soften_all(kv_heads * group, count, work);
+        for_tokens(rows + count, [&](const T* const* values, int64_t n, int64_t offset, int64_t h, auto heads,
+                                     const float* scores) PYRLHF_LAMBDA {
+            gather<heads.value>(values, n, offset, dim, scores, work.sums + h * work.sums_row, work.sums_row);
+        });
     }
 }
 
 template <typename T>
 PYRLHF_INLINE void begin_work(const T* q, int64_t q_head, int64_t heads, int64_t dim, const Work& work) {
-    const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
     for (int64_t h = 0; h < heads; ++h) {
-        for (int64_t u = 0; u < work.q_row; ++u) {
-            const int64_t done = u * static_cast<int64_t>(sizeof(vi));
-            work.q[h * work.q_row + u] = load_bytes(reinterpret_cast<const char*>(q + h * q_head) + done, bytes - done);
-        }
+        for (int64_t u = 0; u < work.q_row; ++u)
+            work.q[h * work.q_row + u] = load_some(q + h * q_head + u * elements<T>, dim - u * elements<T>);
         work.highest[h] = lowest;
         work.total[h] = 0.0f;
     }
@@ -381,8 +359,7 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
             const DecodeShape& shape, int threads) {
     const int64_t group = shape.heads / shape.kv_heads, dim = shape.dim;
     const int64_t sums_row = round_up(dim, tile_vectors * W);
-    const int64_t bytes = dim * static_cast<int64_t>(sizeof(T));
-    const int64_t q_row = divide_up(bytes, static_cast<int64_t>(sizeof(vi)));
+    const int64_t q_row = divide_up(dim, elements<T>);
     int64_t items = 0, tokens = 0;
     bool joined = false;  // some row is not one chunk
     for (int64_t b = 0; b < shape.rows; ++b) {
@@ -400,8 +377,9 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
     // Where there are few chunks, their key heads are shared out too: no bit depends on that.
     const int64_t beside = heads_side_by_side(shape);
     const int64_t parts = items < 4 * threads ? shape.kv_heads / most(1, beside) : 1, part = shape.kv_heads / parts;
-    const int64_t heads = part * group;  // query heads of an item
-    const int64_t region = (heads * (q_row * static_cast<int64_t>(sizeof(vi)) + (sums_row + 2) * 4) + 127) / 64 * 64;
+    const int64_t heads = part * group;                           // query heads of an item
+    const int64_t floats = q_row * W + sums_row + key_block + 2;  // of Work, a head
+    const int64_t region = round_up(heads * floats * static_cast<int64_t>(sizeof(float)), 64);
     char* const memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(region * threads)));
     const bool ready = list && partials && memory;
     int64_t* const starts = list + 2 * items;  // [rows + 1]: the first item of each row
@@ -445,10 +423,10 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
             work.q_row = q_row;
             work.sums = reinterpret_cast<float*>(own + heads * q_row * static_cast<int64_t>(sizeof(vi)));
             work.sums_row = sums_row;
-            work.highest = work.sums + heads * sums_row;
+            work.scores = work.sums + heads * sums_row;
+            work.highest = work.scores + heads * key_block;
             work.total = work.highest + heads;
             Item<T> next = take_item();
-            if (!beside) fetch_first(next, part * dim);
             while (next.row < shape.rows) {
                 const Item<T> item = next;
                 next = take_item();

@@ -276,6 +276,16 @@ PYRLHF_INLINE vf sum_segments(Row row, int first = 0) {
                                      std::make_integer_sequence<int, W>{});
 }
 
+// In every lane, the sum of the lanes at its place in all segments of D.
+template <int D>
+PYRLHF_INLINE vf sum_across_segments(vf x) {
+    if constexpr (D < W) {
+        x = sum_across_segments<2 * D>(x);
+        x += swap_lanes<D>(x);
+    }
+    return x;
+}
+
 // In every lane, lane `of` of its segment of D.
 template <int D>
 PYRLHF_INLINE vf spread(vf x, int of) {
