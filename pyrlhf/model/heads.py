@@ -249,9 +249,12 @@ class CausalLM(_Model):
         hidden = self._hidden(tokens, positions, cu_seqlens, prefix, rows, token_types)
         return hidden if targets is None else self.head(hidden, targets, temperature)
 
-    def decode(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, hidden_size] by the same weights and layers, with the attention given by a KV cache."""
-        return self.trunk(tokens, positions, attend)
+    def decode(self, tokens: Tensor, positions: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """Hidden states [T, hidden_size] by the same weights and layers, with the attention given by a KV cache.
+
+        Of the tokens ``rows`` int64 [N] alone where they are given: [N, hidden_size]. Keys and values of all are stored.
+        """
+        return self.trunk(tokens, positions, attend, rows=rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden_size] -> [T, vocab_size], in hidden's dtype; float32 while the head is packed, and of 16 bits on CUDA without gradients."""

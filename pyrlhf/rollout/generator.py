@@ -419,17 +419,14 @@ class _Run:
         table = self._table(owners)[torch.arange(len(owners)).repeat_interleave(counts)]
         positions = positions.to(self.device)
         attend = PagedPrefill(self.cache, cu_seqlens, table, positions, tokenwise=self.policy.tokenwise)
-        hidden = self.policy.decode(tokens, positions, attend)
-        if prompts:
-            self._keep_logits(admission, hidden[(ends - 1).to(self.device)])
-            self.prompt_tokens += int(ends[-1])
-
-    def _keep_logits(self, admission: Admission, hidden: Tensor) -> None:
-        drawing = {s.prompt for s in admission.fresh}
-        rows = [i for i, s in enumerate(admission.prompts) if s.prompt in drawing]
-        if rows:
-            logits = self.policy.logits(hidden[rows])
-            self.first_logits |= {admission.prompts[i].prompt: row for i, row in zip(rows, logits, strict=True)}
+        fresh = {s.prompt for s in admission.fresh}
+        drawing = [i for i, s in enumerate(admission.prompts) if s.prompt in fresh]
+        last = sent((ends - 1)[drawing].tolist(), torch.int64, self.device)
+        hidden = self.policy.decode(tokens, positions, attend, last)
+        if drawing:
+            logits = self.policy.logits(hidden)
+            self.first_logits |= {admission.prompts[i].prompt: row for i, row in zip(drawing, logits, strict=True)}
+        self.prompt_tokens += int(ends[-1]) if prompts else 0
 
     def _drawn_before(self, sample: Sample) -> list[int]:
         """All tokens of a preempted sequence but the last, which is not in the cache yet."""
