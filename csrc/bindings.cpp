@@ -116,10 +116,10 @@ void linear_logprob_backward(address hidden, address weight, address bias, addre
         at<void>(scratch), threads);
 }
 
-void pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int64_t columns, address panels, int to,
+bool pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int64_t columns, address panels, int to,
                  int threads) {
-    cpu().pack_weight(at<void>(weight), static_cast<DType>(from), row_stride, rows, columns, at<void>(panels),
-                      static_cast<DType>(to), threads);
+    return cpu().pack_weight(at<void>(weight), static_cast<DType>(from), row_stride, rows, columns, at<void>(panels),
+                             static_cast<DType>(to), threads);
 }
 
 void packed_linear(address x, int dtype, address panels, int packed, address bias, int bias_dtype, int activation,

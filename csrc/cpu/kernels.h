@@ -31,7 +31,7 @@
                                   void* scratch, int threads))                                                         \
     KERNEL(linear_logprob_backward, void, (const LinearLogprobInputs& in, const LinearLogprobGradients& grads,         \
                                            void* scratch, int threads))                                                \
-    KERNEL(pack_weight, void, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
+    KERNEL(pack_weight, bool, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
                                void* panels, DType to, int threads))                                                   \
     KERNEL(packed_linear, void, (const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation,  \
                                  void* y, DType dtype, DType packed, int threads))                                     \
@@ -111,7 +111,8 @@ struct LinearLogprobGradients {
     void *hidden, *weight, *bias;
 };
 
-// Outputs that share a panel of a packed weight. Panels begin on a cache line.
+// Outputs that share a panel of a packed weight. Panels begin on a cache line. pack_weight returns whether all that it
+// wrote is finite.
 constexpr int64_t panel_columns = 64;
 
 // The inputs of packed_linear. units: scratch for x in the dtype of the panels, rows of whole pairs; null where x

@@ -62,14 +62,22 @@ PYRLHF_INLINE void store_units(Unit* to, vi units, int64_t n) {
 
 // --- Packing ---
 
-// Asks for the line of p in the second-level cache. Any address is fine: a prefetch does not fault.
-PYRLHF_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Asks for the line of p. Any address is fine: a prefetch does not fault.
+PYRLHF_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
-// W rows of the weight at a time, each a stream of its own, blocks of W by W turned in registers.
+// Lanes of units that hold NaN or infinity become -1.
+PYRLHF_INLINE vi not_finite(vi units, const float*) { return (units & 0x7F800000) == 0x7F800000; }
+PYRLHF_INLINE vi not_finite(vi units, const pair*) {
+    return not_finite(units, static_cast<const float*>(nullptr)) | ((units & 0x7F80) == 0x7F80);
+}
+
+// W rows of the weight at a time, each a stream of its own, blocks of W by W turned in registers. Whether all that it
+// has written is finite.
 template <typename Unit, typename T>
-PYRLHF_INLINE void pack_panel(const T* weight, int64_t stride, int64_t rows, int64_t k, Unit* panel) {
+PYRLHF_INLINE bool pack_panel(const T* weight, int64_t stride, int64_t rows, int64_t k, Unit* panel) {
     constexpr int64_t elements = W * elements_in<Unit>, bytes = elements * sizeof(T);
     const int64_t depth = divide_up(k, elements_in<Unit>);
+    vi bad = {};
     for (int64_t n = 0; n < panel_columns; n += W)
         for (int64_t at = 0; at < depth; at += W) {
             vi block[W];
@@ -78,22 +86,26 @@ PYRLHF_INLINE void pack_panel(const T* weight, int64_t stride, int64_t rows, int
                 for (int64_t b = 0; b < bytes; b += line)
                     prefetch(reinterpret_cast<const char*>(row + at * elements_in<Unit>) + 4 * bytes + b);
                 block[i] = n + i < rows ? units_of<Unit>(row, k, at) : vi{};
+                bad |= not_finite(block[i], panel);
             }
             transpose(block);
             for (int i = 0; i < W && at + i < depth; ++i)
                 stream(reinterpret_cast<float*>(panel + (at + i) * panel_columns + n), (vf)block[i]);
         }
     end_of_streams();
+    return sum(bad) == 0;
 }
 
 template <typename Unit, typename T>
-static void pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, Unit* panels, int threads) {
+static bool pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, Unit* panels, int threads) {
     const int64_t depth = divide_up(k, elements_in<Unit>), count = divide_up(n, panel_columns);
-#pragma omp parallel for schedule(static) num_threads(n* k < 32768 ? 1 : threads)
+    bool finite = true;
+#pragma omp parallel for schedule(static) num_threads(n* k < 32768 ? 1 : threads) reduction(&& : finite)
     for (int64_t p = 0; p < count; ++p) {
         const int64_t first = p * panel_columns;
-        pack_panel(weight + first * stride, stride, n - first, k, panels + first * depth);
+        finite = pack_panel(weight + first * stride, stride, n - first, k, panels + first * depth) && finite;
     }
+    return finite;
 }
 
 // --- The product ---
@@ -250,18 +262,17 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
 
 }  // namespace
 
-void pack_weight(const void* weight, DType from, int64_t stride, int64_t n, int64_t k, void* panels, DType to,
+bool pack_weight(const void* weight, DType from, int64_t stride, int64_t n, int64_t k, void* panels, DType to,
                  int threads) {
     const bool wide = to == DType::float32;
     if (from == DType::float32) {
         const float* const w = static_cast<const float*>(weight);
-        wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
-             : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
-    } else {
-        const bf16* const w = static_cast<const bf16*>(weight);
-        wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
-             : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
+        return wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
+                    : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
     }
+    const bf16* const w = static_cast<const bf16*>(weight);
+    return wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
+                : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
 }
 
 void packed_linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, void* y,

@@ -24,18 +24,20 @@ _COLUMNS = 64  # outputs a panel; csrc/cpu/kernels.h: panel_columns
 _ROWS = 32  # rows a GEMM of torch: always this many, because BLAS picks its order of summation by shape
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedWeight:
     """A weight ``[N, K]`` in the layout that `packed_linear` streams; made by `pack_weight`, a copy of its source.
 
     Attributes:
         panels: on the CPU float32 ``[N/64, K, 64]`` or bfloat16 ``[N/64, K/2, 64, 2]`` (two neighbours in k side by side),
             sizes rounded up and filled with zeros; elsewhere ``[K, N]``.
+        finite: whether every value in them is; packing looks at all of them anyway.
     """
 
     panels: Tensor
     out_features: int
     in_features: int
+    finite: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -48,7 +50,7 @@ class PackedWeight:
         """
         shape = (self.out_features, self.in_features)
         check_tensor("update", "weight", weight, shape=shape, dtype=float_dtypes(weight), device=self.panels.device)
-        _pack(weight.detach(), self.panels)
+        self.finite = _pack(weight.detach(), self.panels)
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype) -> PackedWeight:
@@ -58,8 +60,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> PackedWeight:
         raise TypeError(f"pack_weight: dtype must be one of {float_dtypes(weight)}, found {dtype}")
     weight = weight.detach()
     panels = streamed(_panels_shape(weight, dtype), dtype, weight.device)
-    _pack(weight, panels)
-    return PackedWeight(panels, *weight.shape)
+    return PackedWeight(panels, *weight.shape, finite=_pack(weight, panels))
 
 
 def packed_linear_ref(
@@ -110,20 +111,23 @@ def _panels_shape(weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     return (panels, k, _COLUMNS) if dtype == torch.float32 else (panels, -(-k // 2), _COLUMNS, 2)
 
 
-def _pack(weight: Tensor, panels: Tensor) -> None:
+def _pack(weight: Tensor, panels: Tensor) -> bool:
+    """Fills the panels; whether all they hold is finite."""
     n, k = weight.shape
     if use_core(weight, panels):
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        core().pack_weight(
+        finite: bool = core().pack_weight(
             address(weight), CORE_DTYPES.index(weight.dtype), weight.stride(0), n, k,
             address(panels), CORE_DTYPES.index(panels.dtype), torch.get_num_threads(),
         )  # fmt: skip
-    elif panels.dim() == 2:
+        return finite
+    if panels.dim() == 2:
         panels.copy_(weight.t())
     else:
         pair = panels.dim() - 2
         filled = pad(weight, (0, -k % pair, 0, -n % _COLUMNS))
         panels.copy_(filled.view(-1, _COLUMNS, *panels.shape[1:2], pair).transpose(1, 2).reshape(panels.shape))
+    return bool(panels.isfinite().all())
 
 
 def _unpacked(panels: Tensor, in_features: int, out_features: int) -> Tensor:

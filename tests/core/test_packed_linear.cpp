@@ -43,7 +43,7 @@ int64_t depth_of(int64_t in) {
 template <typename P, typename T>
 Buffer<P> pack(const Weight<T>& w, int threads = 1) {
     Buffer<P> panels = on_pages<P>(round_up(w.out, panel_columns) * depth_of<P>(w.in));
-    cpu().pack_weight(w.data.data(), dtype_of<T>, w.stride, w.out, w.in, panels.data(), dtype_of<P>, threads);
+    CHECK(cpu().pack_weight(w.data.data(), dtype_of<T>, w.stride, w.out, w.in, panels.data(), dtype_of<P>, threads));
     return panels;
 }
 

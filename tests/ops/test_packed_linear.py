@@ -180,7 +180,7 @@ def test_layout_and_that_all_of_it_is_written(isa, poison, source, dtype):
         packed = pack_weight(weight, dtype)
         assert (packed.out_features, packed.in_features, packed.dtype) == (n, k, dtype)
         assert same_bits(packed.panels, expected)
-        spoilt = PackedWeight(torch.full_like(expected, torch.nan), n, k)
+        spoilt = PackedWeight(torch.full_like(expected, torch.nan), n, k, finite=False)
         spoilt.update(weight)
         assert same_bits(spoilt.panels, expected)
 
@@ -227,6 +227,31 @@ def test_a_weight_may_be_any_view(isa, dtype):
             packed.panels.fill_(torch.nan)
             packed.update(view)
             assert same_bits(packed.panels, panels_by_hand(copied, packed_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+def test_it_says_whether_all_is_finite(isa, backend, source, dtype, monkeypatch):
+    monkeypatch.setenv("PYRLHF_BACKEND", backend)
+    for n, k in WEIGHTS:
+        weight = inputs(1, k, n, source)[1]
+        around = torch.full((n + 2, k + 2), torch.nan, dtype=source)
+        around[1:-1, 1:-1] = weight
+        packed = pack_weight(around[1:-1, 1:-1], dtype)
+        assert packed.finite
+        for bad in (torch.nan, -torch.nan, torch.inf, -torch.inf):
+            for place in (0, n * k // 2, n * k - 1):
+                spoilt = weight.clone()
+                spoilt.view(-1)[place] = bad
+                packed.update(spoilt)
+                assert not packed.finite
+                assert not pack_weight(spoilt, dtype).finite
+        packed.update(weight)
+        assert packed.finite
+    largest = torch.full((3, 5), torch.finfo(torch.float32).max)
+    assert pack_weight(largest, dtype).finite == (dtype == torch.float32)  # infinite once it is rounded
+    assert pack_weight(torch.full((3, 5), torch.finfo(source).max, dtype=source), source).finite
 
 
 def test_x_and_bias_may_be_any_view(isa):
