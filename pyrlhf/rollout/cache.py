@@ -21,6 +21,7 @@ from pyrlhf.rollout.scheduler import Pages
 
 if TYPE_CHECKING:
     from pyrlhf.model import ModelConfig
+    from pyrlhf.rollout.program import DecodeProgram
 
 
 def sent(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -41,6 +42,7 @@ class PagedCache:
         k, v: [layers, pages + 1, page_size, num_kv_heads, head_dim]; keys are stored after rotary.
         pages: which of them are in use.
         spare: number of the last page, which is no sequence's: rows that only fill a batch up write and read there.
+        programs: decode steps recorded over this memory, by their number of rows.
     """
 
     def __init__(
@@ -49,6 +51,14 @@ class PagedCache:
         self.pages = Pages(pages, page_size)
         shape = (config.num_layers, pages + 1, page_size, config.num_kv_heads, config.head_dim)
         self.k, self.v = (streamed(shape, dtype, device) for _ in range(2))
+        self.programs: dict[int, DecodeProgram] = {}
+        self._recorded_for: object = None
+
+    def programs_for(self, made_for: object) -> dict[int, DecodeProgram]:
+        """The recorded steps, if they were recorded for the same; else none, and from now on for this."""
+        if made_for != self._recorded_for:
+            self.programs, self._recorded_for = {}, made_for
+        return self.programs
 
     @staticmethod
     def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:

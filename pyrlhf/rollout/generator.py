@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _STEPS_ALIKE = 3  # decode steps in a row with as many sequences, after which a step is recorded (CPU; on CUDA at once)
 _PROGRAMS = 8  # recorded steps that a call keeps (CPU; on CUDA there are few sizes, and all are kept)
-_KEPT = 1 << 30  # bytes of the largest KV cache that a generator keeps between calls (CPU)
+_KEPT = 1 << 30  # bytes of KV cache and recorded steps that a generator keeps between calls (CPU)
 _LIBRARIES = 1 << 29  # bytes of a GPU for what libraries allocate at their first call, and for graphs
 
 
@@ -349,7 +349,6 @@ class _Run:
         self.begun = time.perf_counter()
         self.seconds = {"prefill": 0.0, "decode": 0.0, "first_token": 0.0}
         self.prompt_tokens = 0
-        self.programs: dict[int, DecodeProgram] = {}  # by the number of rows
         self.rows = self.steps_alike = 0
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
 
@@ -368,18 +367,28 @@ class _Run:
         self.logprobs = torch.zeros(count, width, dtype=torch.float32, device=self.device)
         needs = (self.pages.needed(s.longest) for s in self.scheduler.waiting)
         self.max_pages = max(needs, default=1)
+        self.programs = self.cache.programs_for(self._recorded_for())
         self.live = self._rows([], [])
+
+    def _recorded_for(self) -> tuple[object, ...]:
+        """What a recorded step depends on beside its inputs."""
+        how = self.sampling, self.max_pages, torch.get_num_threads(), _recordable(self.policy)
+        return *how, self.generator.weights.places()
 
     @property
     def unfinished(self) -> bool:
         return self.scheduler.unfinished or bool(self.pending)
 
     def leave(self) -> None:
-        """Let go of everything but the outputs. A small cache waits for the next call, but a GPU's memory is all training's."""
+        """Let go of everything but the outputs. A small cache waits for the next call, with the steps recorded over it, but
+        a GPU's memory is all training's."""
         if self.device.type == "cpu" and self.cache.bytes <= _KEPT:
+            recorded = sum(program.bytes for program in self.programs.values())
+            if _sharded(self.policy) or self.cache.bytes + recorded > _KEPT:
+                self.cache.programs_for(None)
             self.generator.keep_cache(self.cache)
-        del self.cache, self.live
-        self.programs, self.first_logits = {}, {}
+        del self.cache, self.programs, self.live
+        self.first_logits = {}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -686,6 +695,11 @@ def _recordable(policy: CausalLM) -> bool:
     """Not where plain PyTorch computes, nor where PYRLHF_CHECK=1 has a GPU's values looked at on the way."""
     weight = policy.trunk.embed.tokens.weight
     return use_core(weight) or (use_cuda_core(weight) and not values_readable(weight))
+
+
+def _sharded(policy: CausalLM) -> bool:
+    """Whether weights are elsewhere between calls (ZeRO 3): a recorded step would hold on to them."""
+    return any(hasattr(p, "ds_numel") for p in policy.parameters())
 
 
 def _cache_budget(device: torch.device, beside: int) -> int:

@@ -35,13 +35,16 @@ class Program:
 
     Attributes:
         output: what `step` returned; `run` writes new values into it.
+        bytes: of all that is written on the way.
     """
 
     def __init__(self, step: Callable[[], Outputs]) -> None:
         self._calls: list[Call] = []
         self._alive: list[Tensor] = []  # everything whose address is in a call
-        with recording(self._calls), _Recorder(self._calls, self._alive):
+        recorder = _Recorder(self._calls, self._alive)
+        with recording(self._calls), recorder:
             self.output = step()
+        self.bytes = recorder.bytes
 
     def run(self) -> Outputs:
         for function, arguments in self._calls:
@@ -84,6 +87,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, calls: list[Call], alive: list[Tensor]) -> None:
         super().__init__()
         self._calls, self._alive = calls, alive
+        self.bytes = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -96,8 +100,10 @@ class _Recorder(TorchDispatchMode):
         self._alive += made
         if function._schema.is_mutable:
             self._calls.append((_repeat, (function, args, kwargs)))
-        elif made and not _is_view(made, _tensors((args, kwargs))) and function._opname not in _ALLOCATES:
-            self._calls.append((_recompute, (function, args, kwargs, made)))
+        elif made and not _is_view(made, _tensors((args, kwargs))):
+            self.bytes += sum(t.nbytes for t in made)
+            if function._opname not in _ALLOCATES:
+                self._calls.append((_recompute, (function, args, kwargs, made)))
         return result
 
 
@@ -129,6 +135,9 @@ class DecodeProgram:
         inputs: of a step, to be recorded with.
         filling: what each input holds in the rows that nobody asks for.
         pool: see `Graph`.
+
+    Attributes:
+        bytes: of what a `Program` writes; a graph's are its pool's.
     """
 
     def __init__(
@@ -151,8 +160,10 @@ class DecodeProgram:
         if inputs[0].is_cuda:
             with torch.cuda.device(inputs[0].device):
                 self._program = Graph(whole, pool)
+            self.bytes = 0
         else:
             self._program = Program(whole)
+            self.bytes = self._program.bytes
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """What the step gives for these rows. The next call, of this or of another program of the pool, writes into the same memory."""

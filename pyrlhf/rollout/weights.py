@@ -84,6 +84,11 @@ class DecodeWeights:
         folded = [layer.weight for layer, adapter in self._layers() if adapter is not None and not _packs(layer.weight)]
         return sum(getattr(w, "ds_numel", w.numel()) * w.element_size() for w in folded)
 
+    def places(self) -> tuple[int, ...]:
+        """Where everything lies that a step reads, inside `in_use`."""
+        read = [*self._policy.parameters(), *self._policy.buffers(), *(w.panels for w in self._packed.values())]
+        return tuple(t.data_ptr() for t in read)
+
     def attach(self) -> None:
         """Write the copies anew and leave them in use."""
         for layer, _ in self._layers():

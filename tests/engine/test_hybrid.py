@@ -138,6 +138,19 @@ def test_generation_reads_the_weights_of_the_moment(world: World) -> None:
     assert first.tokens.tolist() != second.tokens.tolist()
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_recorded_steps_stay_unless_they_would_hold_gathered_weights(world: World, stage: int) -> None:
+    engine = make(world, stage=stage)
+    for _ in range(2):
+        out = engine.generate(prompts(), Sampling(max_new_tokens=20, seed=1, eos_id=-1))
+        assert float((trained_view(engine, out, 1.0) - out.logprobs).abs().max()) <= 1e-5
+        cache = engine._generator._cache
+        assert cache is not None
+        assert bool(cache.programs) == (stage < 3)
+        engine.backward(-trained_view(engine, out, 1.0).mean(), last=True)
+        engine.step()
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_moving_optimizer_states_out_and_back_changes_nothing(world: World, stage: int, dtype: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -129,6 +131,118 @@ def test_few_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = model("gpt2", torch.float32)
     Generator(policy).generate([[i] for i in range(12)], Sampling(max_new_tokens=24, seed=1, eos_id=7))
     assert max(kept) == 2
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each step that is recorded."""
+    rows: list[int] = []
+
+    class Counted(DecodeProgram):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            rows.append(args[1])
+
+    monkeypatch.setattr(generator, "DecodeProgram", Counted)
+    return rows
+
+
+PROMPTS, SAMPLING = [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=12, seed=1, eos_id=-1, banned_ids=(3,))
+
+
+def halve_a_norm(policy: CausalLM) -> None:
+    """In its place, as an optimizer does."""
+    assert policy.trunk.norm is not None
+    policy.trunk.norm.weight.data.mul_(0.5)
+
+
+def turn_a_matrix(policy: CausalLM) -> None:
+    weight = policy.trunk.layers[0].mlp.up.weight
+    weight.data.copy_(weight.flip(0))
+
+
+def replace_a_norm(policy: CausalLM) -> None:
+    assert policy.trunk.norm is not None
+    policy.trunk.norm.weight = nn.Parameter(policy.trunk.norm.weight.detach() * 0.5)
+
+
+def nothing(policy: CausalLM) -> None:
+    pass
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("change", "prompts", "sampling", "again"),
+    [
+        (nothing, PROMPTS, SAMPLING, False),
+        (halve_a_norm, PROMPTS, SAMPLING, False),
+        (turn_a_matrix, PROMPTS, SAMPLING, False),
+        (nothing, [[7], [8, 9], [10]], SAMPLING, False),
+        (replace_a_norm, PROMPTS, SAMPLING, True),
+        (nothing, PROMPTS, replace(SAMPLING, seed=2), True),
+        (nothing, PROMPTS, replace(SAMPLING, banned_ids=(4,)), True),
+        (nothing, [[1] * 40, [2], [3]], SAMPLING, True),  # a longer page table
+    ],
+)
+def test_the_next_call_runs_the_steps_of_the_last_where_they_still_fit(
+    kind: str,
+    change: Callable[[CausalLM], None],
+    prompts: list[list[int]],
+    sampling: Sampling,
+    again: bool,
+    recorded: list[int],
+) -> None:
+    policy = model(kind, torch.float32)
+    engine = Generator(policy, pages=60, page_size=4)
+    first = engine.generate(PROMPTS, SAMPLING)
+    assert recorded == [3]
+    change(policy)
+    spoil_free_memory()
+    out = engine.generate(prompts, sampling)
+    assert recorded == ([3, 3] if again else [3])
+    expected = Generator(policy).generate(prompts, sampling)
+    assert out.tokens.tolist() == expected.tokens.tolist()
+    assert torch.equal(out.logprobs, expected.logprobs)
+    assert (change is nothing and (prompts, sampling) == (PROMPTS, SAMPLING)) == torch.equal(
+        out.logprobs, first.logprobs
+    )
+
+
+def test_another_number_of_threads_records_anew(recorded: list[int]) -> None:
+    engine, threads = Generator(model("gpt2", torch.float32)), torch.get_num_threads()
+    first = engine.generate(PROMPTS, SAMPLING)
+    torch.set_num_threads(threads + 1)
+    try:
+        out = engine.generate(PROMPTS, SAMPLING)
+    finally:
+        torch.set_num_threads(threads)
+    assert recorded == [3, 3]
+    assert torch.equal(out.logprobs, first.logprobs)
+
+
+def test_steps_that_would_hold_much_memory_go(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Generator(model("gpt2", torch.float32), pages=20)
+    engine.generate(PROMPTS, SAMPLING)
+    cache = engine._cache
+    assert cache is not None
+    (program,) = cache.programs.values()
+    logits = 3 * 40 * 4  # bytes
+    assert logits < program.bytes < 2000 * logits
+    monkeypatch.setattr(generator, "_KEPT", cache.bytes + program.bytes - 1)
+    engine.generate(PROMPTS, SAMPLING)
+    assert engine._cache is cache
+    assert cache.programs == {}
+
+
+def test_the_reference_backend_does_not_run_what_the_core_recorded(
+    recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Generator(model("gpt2", torch.float32))
+    engine.generate(PROMPTS, SAMPLING)
+    monkeypatch.setenv("PYRLHF_BACKEND", "ref")
+    monkeypatch.setattr(DecodeProgram, "__call__", None)
+    engine.generate(PROMPTS, SAMPLING)
+    assert recorded == [3]
 
 
 def test_the_reference_backend_generates_without_programs(monkeypatch: pytest.MonkeyPatch) -> None:
