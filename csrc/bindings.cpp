@@ -195,6 +195,12 @@ void transpose(address in, int dtype, int64_t rows, int64_t columns, int64_t row
                     threads);
 }
 
+void token_places(address page_table, int64_t max_pages, address positions, int64_t tokens, int64_t page_size,
+                  address slots, address seq_lens) {
+    cpu().token_places(at<int32_t>(page_table), max_pages, at<int64_t>(positions), tokens, page_size,
+                       at<int64_t>(slots), at<int32_t>(seq_lens));
+}
+
 void write_kv(address k, address v, address k_cache, address v_cache, address slots, int64_t tokens, int64_t heads,
               int64_t dim_bytes, int64_t k_token, int64_t k_head, int64_t v_token, int64_t v_head, int threads) {
     cpu().write_kv(at<void>(k), at<void>(v), at<void>(k_cache), at<void>(v_cache), at<int64_t>(slots),
@@ -230,6 +236,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("rotary", &rotary, released);
     m.def("sample", &sample, released);
     m.def("sampled_logprob", &sampled_logprob, released);
+    m.def("token_places", &token_places, released);
     m.def("transpose", &transpose, released);
     m.def("write_kv", &write_kv, released);
 #if defined(PYRLHF_CUDA)

@@ -49,6 +49,8 @@
                              int64_t* tokens, float* logprobs, int threads))                                           \
     KERNEL(sampled_logprob, int64_t, (const void* logits, DType dtype, const int64_t* tokens, float inverse_temperature, \
                                       int64_t rows, int64_t vocab, int64_t row_stride, float* logprobs, int threads))  \
+    KERNEL(token_places, void, (const int32_t* page_table, int64_t max_pages, const int64_t* positions,                \
+                                int64_t tokens, int64_t page_size, int64_t* slots, int32_t* seq_lens))                 \
     KERNEL(transpose, void, (const void* in, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, void* out, \
                              float* sums, int threads))                                                                \
     KERNEL(write_kv, void, (const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots,          \

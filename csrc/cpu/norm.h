@@ -12,7 +12,7 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
-constexpr int64_t worth_a_fork = 32768;  // elements; below, waking the other threads takes longer than the work
+constexpr int64_t worth_a_fork = 8192;  // elements; below, waking the other threads takes longer than the work
 
 // Row i of an array [rows, size] of T, null where the array is.
 template <typename T>

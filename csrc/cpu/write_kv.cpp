@@ -1,4 +1,5 @@
-// Stores new keys and values in the paged cache: row t of k and v goes to slot slots[t], a copy of whole rows.
+// Stores new keys and values in the paged cache: row t of k and v goes to slot slots[t], a copy of whole rows. And
+// finds these slots.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 
@@ -31,6 +32,15 @@ void write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const 
             copy_bytes(static_cast<char*>(v_cache) + to,
                        static_cast<const char*>(v) + t * shape.v_token + h * shape.v_head, bytes);
         }
+}
+
+void token_places(const int32_t* page_table, int64_t max_pages, const int64_t* positions, int64_t tokens,
+                  int64_t page_size, int64_t* slots, int32_t* seq_lens) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t page = page_table[t * max_pages + positions[t] / page_size];
+        slots[t] = page * page_size + positions[t] % page_size;
+        seq_lens[t] = static_cast<int32_t>(positions[t] + 1);
+    }
 }
 
 }  // namespace PYRLHF_ISA

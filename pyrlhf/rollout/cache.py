@@ -16,7 +16,7 @@ from pyrlhf import ops
 from pyrlhf.ops._core import use_core, use_cuda_core
 from pyrlhf.ops._memory import moved, streamed
 from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
-from pyrlhf.ops.write_kv import store, turn_and_store
+from pyrlhf.ops.write_kv import store, token_places, turn_and_store
 from pyrlhf.rollout.scheduler import Pages
 
 if TYPE_CHECKING:
@@ -85,13 +85,6 @@ class PagedCache:
             self.k[:, target] = self.k[:, source]
             self.v[:, target] = self.v[:, source]
 
-    def slots(self, table: Tensor, positions: Tensor) -> Tensor:
-        """Slots int64 [N] of tokens at `positions` int64 [N] in the sequences of `table` int32 [N, max_pages]."""
-        size = self.pages.size
-        page = positions.div(size, rounding_mode="trunc")  # of int64 `//` is slow: it looks for negative numbers
-        held = table.gather(1, page.unsqueeze(1)).squeeze(1)
-        return positions.add(held.long().sub_(page), alpha=size)
-
 
 class PagedDecode:
     """An `Attend` of new tokens over everything stored before them, themselves included.
@@ -104,8 +97,7 @@ class PagedDecode:
 
     def __init__(self, cache: PagedCache, table: Tensor, positions: Tensor) -> None:
         self._cache, self._table, self._positions = cache, table, positions
-        self._slots = cache.slots(table, positions)
-        self._seq_lens = (positions + 1).int()
+        self._slots, self._seq_lens = token_places(table, positions, cache.pages.size)
         self._plans: dict[int | None, DecodePlan] = {}  # layers with the same window look at the same places
 
     def __call__(
@@ -148,7 +140,7 @@ class PagedPrefill:
         self, cache: PagedCache, cu_seqlens: Tensor, table: Tensor, positions: Tensor, *, tokenwise: bool = False
     ) -> None:
         self._cache, self._cu_seqlens = cache, cu_seqlens
-        self._slots = cache.slots(table, positions)
+        self._slots, _ = token_places(table, positions, cache.pages.size)
         self._packed = 0 if tokenwise else int(cu_seqlens[-1])
         self._again = None
         if self._packed < len(positions):

@@ -15,13 +15,6 @@ def cache(pages: int, page_size: int) -> PagedCache:
     return PagedCache(CONFIG, pages, page_size, torch.float32, "cpu")
 
 
-def test_slots_follow_the_table() -> None:
-    table = torch.tensor([[7, 2, 5], [1, 0, 0]], dtype=torch.int32)
-    rows = torch.tensor([0, 0, 0, 0, 1])
-    positions = torch.tensor([0, 3, 4, 11, 2])
-    assert cache(8, 4).slots(table[rows], positions).tolist() == [28, 31, 8, 23, 6]
-
-
 def test_pages_are_copied_in_every_layer() -> None:
     store = cache(5, 2)
     store.k.normal_()
