@@ -60,7 +60,8 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> PackedWeight:
         raise TypeError(f"pack_weight: dtype must be one of {float_dtypes(weight)}, found {dtype}")
     weight = weight.detach()
     panels = streamed(_panels_shape(weight, dtype), dtype, weight.device)
-    return PackedWeight(panels, *weight.shape, finite=_pack(weight, panels))
+    out_features, in_features = weight.shape
+    return PackedWeight(panels, out_features, in_features, _pack(weight, panels))
 
 
 def packed_linear_ref(

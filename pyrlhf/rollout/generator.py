@@ -292,10 +292,15 @@ class _Live:
     tokens: Tensor  # int64 [B], the last token, not yet in the cache
     positions: Tensor  # int64 [B], its position
     columns: Tensor  # int64 [B], how many were drawn before it
+    places: Tensor  # int64 [B], where it is among the run's outputs, laid end to end
     table: Tensor  # int32 [B, max_pages]
 
     def keep(self, rows: Tensor) -> _Live:
         return _Live(*(values[rows] for values in vars(self).values()))
+
+    def last(self, rows: int) -> _Live:
+        """The same memory."""
+        return _Live(*(values[-rows:] for values in vars(self).values()))
 
     def join(self, other: _Live) -> _Live:
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -449,7 +454,7 @@ class _Run:
         new = self._rows(fresh, [-1] * len(fresh))
         self.live = self.live.join(new)
         drawn = self._sample(logits, new.positions, new.columns, new.ids)
-        self._advance(slice(len(self.live.samples) - len(fresh), None), fresh, *drawn)
+        self._advance(self.live.last(len(fresh)), fresh, *drawn)
 
     def _resumed(self, samples: list[Sample]) -> _Live:
         rows = self._rows(samples, [s.drawn - 1 for s in samples])
@@ -467,6 +472,7 @@ class _Run:
             tokens=torch.zeros_like(rows),
             positions=lengths + column,
             columns=column,
+            places=rows * self.tokens.shape[1] + column,
             table=self._table(samples),
         )
 
@@ -492,7 +498,7 @@ class _Run:
         if live:
             tokens, logprobs = self._next()
             self.scheduler.stepped()
-            self._advance(slice(None), live, tokens, logprobs)
+            self._advance(self.live, live, tokens, logprobs)
         else:
             self._settle()
         self.seconds["decode"] += time.perf_counter() - begun
@@ -548,16 +554,14 @@ class _Run:
         where = sent([(row[g.sequence], g.place, g.page) for g in growth], torch.int64, self.device)
         self.live.table[where[:, 0], where[:, 1]] = where[:, 2].int()
 
-    def _advance(self, where: slice, samples: list[Sample], tokens: Tensor, logprobs: Tensor) -> None:
-        """Note a token for these rows of the live ones, and let go of the sequences that are known to have ended."""
-        live = self.live
-        positions, columns = live.positions[where] + 1, live.columns[where] + 1
-        index = live.samples[where]
-        self.tokens[index, columns] = tokens
-        self.logprobs[index, columns] = logprobs
+    def _advance(self, rows: _Live, samples: list[Sample], tokens: Tensor, logprobs: Tensor) -> None:
+        """Note a token for these live rows, and let go of the sequences that are known to have ended."""
+        for counter in (rows.positions, rows.columns, rows.places):
+            counter.add_(1)
+        self.tokens.view(-1).scatter_(0, rows.places, tokens)
+        self.logprobs.view(-1).scatter_(0, rows.places, logprobs)
         draw = self._told(list(samples), tokens)
-        live.tokens[where] = tokens.clamp(min=0)  # a bad row is decoded until it is known for one
-        live.positions[where], live.columns[where] = positions, columns
+        torch.clamp(tokens, min=0, out=rows.tokens)  # a bad row is decoded until it is known for one
         self._settle()  # of what was drawn before
         draw.spent = self.scheduler.spent()
         self._retire({sample: sample.limit for sample in draw.spent})
