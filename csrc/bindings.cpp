@@ -1,5 +1,6 @@
 // pyrlhf._C: the table of contents, one line a kernel. Pointers and streams are integers (0 = none), sizes and dtypes
-// are plain numbers; Python has checked them (pyrlhf/ops). The GIL is released while a kernel runs.
+// are plain numbers; Python has checked them (pyrlhf/ops). The GIL is released while a kernel runs. What computes a
+// model forward can also be kept on a Tape.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +9,7 @@
 
 #include "core/philox.h"
 #include "cpu/dispatch.h"
+#include "tape.h"
 #if defined(PYRLHF_CUDA)
 #    include "cuda/bindings.h"
 #endif
@@ -217,32 +219,43 @@ std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t
 
 PYBIND11_MODULE(_C, m) {
     const py::call_guard<py::gil_scoped_release> released;
-    m.def("activation", &activation, released);
-    m.def("attention", &attention, released);
+    const auto define = [&](const char* name, auto* function) {
+        m.def(name, function, released);
+        Tape::knows(name, function);
+    };
+    define("activation", &activation);
+    define("attention", &attention);
     m.def("attention_backward", &attention_backward, released);
-    m.def("decode_attention", &decode_attention, released);
+    define("decode_attention", &decode_attention);
     m.def("gae", &gae, released);
-    m.def("layer_norm", &layer_norm, released);
+    define("layer_norm", &layer_norm);
     m.def("layer_norm_backward", &layer_norm_backward, released);
     m.def("linear_logprob_scratch", &linear_logprob_scratch);
     m.def("linear_logprob", &linear_logprob, released);
     m.def("linear_logprob_backward", &linear_logprob_backward, released);
     m.def("pack_weight", &pack_weight, released);
-    m.def("packed_linear", &packed_linear, released);
+    define("packed_linear", &packed_linear);
     m.def("ppo_loss", &ppo_loss, released);
     m.def("ranking_loss", &ranking_loss, released);
-    m.def("rms_norm", &rms_norm, released);
+    define("rms_norm", &rms_norm);
     m.def("rms_norm_backward", &rms_norm_backward, released);
-    m.def("rotary", &rotary, released);
-    m.def("sample", &sample, released);
-    m.def("sampled_logprob", &sampled_logprob, released);
-    m.def("token_places", &token_places, released);
+    define("rotary", &rotary);
+    define("sample", &sample);
+    define("sampled_logprob", &sampled_logprob);
+    define("token_places", &token_places);
     m.def("transpose", &transpose, released);
-    m.def("write_kv", &write_kv, released);
+    define("write_kv", &write_kv);
 #if defined(PYRLHF_CUDA)
     py::module_ cuda_half = m.def_submodule("cuda", "the CUDA kernels (csrc/cuda/bindings.cpp)");
     cuda::bind(cuda_half);
 #endif
+
+    py::class_<Tape>(m, "Tape", "calls of the core, to be made again one after the other")
+        .def(py::init<>())
+        .def("add", &Tape::add, "keep a call: the function's name, then its arguments")
+        .def("run", &Tape::run, released,
+             "-1, or of the first call that failed -2 (no memory) or the wrong row's number")
+        .def("__len__", &Tape::size);
 
     m.def("philox4x32", &philox, "Philox4x32-10 of a counter (4 words) and a key (2 words), for known-answer tests");
     m.def("isa", &isa, "the instruction set in use");

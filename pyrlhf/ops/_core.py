@@ -30,7 +30,9 @@ FAULTS = (
 )
 
 
-_tape: list[tuple[Callable[..., object], tuple[Any, ...]]] | None = None
+Arguments = tuple[Any, ...]
+
+_tape: list[tuple[Callable[..., object], Arguments]] | None = None
 
 
 def core() -> Any:
@@ -39,8 +41,8 @@ def core() -> Any:
 
 
 @contextlib.contextmanager
-def recording(tape: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> Iterator[None]:
-    """Append (function, arguments) of each call of the core to ``tape``. Calling them again does the same to the same memory."""
+def recording(tape: list[tuple[Callable[..., object], Arguments]]) -> Iterator[None]:
+    """Append (`again`, (name, arguments)) of each call of the core to ``tape``. Calling them does the same to the same memory."""
     global _tape
     outer, _tape = _tape, tape
     try:
@@ -50,29 +52,36 @@ def recording(tape: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> Iter
 
 
 class _Recorded:
-    def __init__(self, core: Any, tape: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> None:
+    def __init__(self, core: Any, tape: list[tuple[Callable[..., object], Arguments]]) -> None:
         self._core, self._tape = core, tape
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._core, name)
 
         def call(*arguments: Any) -> Any:
-            result = function(*arguments)
-            self._tape.append((function, arguments) if result is None else (_must, (function, arguments)))
-            return result
+            self._tape.append((again, (name, arguments)))
+            return function(*arguments)
 
         return call
 
 
-def _must(function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
-    """Repeat a call whose result says whether it could be done: False without memory, the number of a bad row (-1: none) in `sample`."""
-    result = function(*arguments)
-    if result is False:
+def again(name: str, arguments: Arguments) -> None:
+    """Repeat a call of the core; raises what `run_tape` raises."""
+    tape = module().Tape()
+    tape.add(name, *arguments)
+    run_tape(tape)
+
+
+def run_tape(tape: Any) -> None:
+    """Repeat the calls on a ``_C.Tape``. Raises MemoryError, or ValueError for logits that `sample` cannot draw from."""
+    failed: int = tape.run()
+    if failed == -1:
+        return
+    if failed == -2:
         raise MemoryError("a kernel's scratch memory could not be allocated; free some memory")
-    if type(result) is int and result >= 0:
-        raise ValueError(
-            f"sample: logits must be finite or -inf with one finite entry a row, row {result} holds something else"
-        )
+    raise ValueError(
+        f"sample: logits must be finite or -inf with one finite entry a row, row {failed} holds something else"
+    )
 
 
 @functools.cache

@@ -3,13 +3,15 @@
 In a small model most of a step is Python: finding modules, checking arguments, allocating results. All of that comes out the same
 every time as long as the batch has the same number of rows and the tensors stay where they are. So a step is recorded while it
 runs: each call of the core with its addresses, each call of torch that computes something with the tensor it gave. Running the
-program makes the same calls in the same order, on the same memory, with the same bits. It is to the CPU what a CUDA graph is to a GPU,
+program makes the same calls in the same order, on the same memory, with the same bits; those of the core that follow one another
+without Python between them. It is to the CPU what a CUDA graph is to a GPU,
 and on a GPU it is one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +20,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyrlhf.ops._core import recording
+from pyrlhf.ops._core import Arguments, again, module, recording, run_tape
 
-Call = tuple[Callable[..., object], tuple[Any, ...]]
+Call = tuple[Callable[..., object], Arguments]
 Outputs = tuple[Tensor, ...]
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -39,17 +41,31 @@ class Program:
     """
 
     def __init__(self, step: Callable[[], Outputs]) -> None:
-        self._calls: list[Call] = []
+        calls: list[Call] = []
         self._alive: list[Tensor] = []  # everything whose address is in a call
-        recorder = _Recorder(self._calls, self._alive)
-        with recording(self._calls), recorder:
+        recorder = _Recorder(calls, self._alive)
+        with recording(calls), recorder:
             self.output = step()
-        self.bytes = recorder.bytes
+        self._calls, self.bytes = _on_tapes(calls), recorder.bytes
 
     def run(self) -> Outputs:
         for function, arguments in self._calls:
             function(*arguments)
         return self.output
+
+
+def _on_tapes(calls: list[Call]) -> list[Call]:
+    """The same calls, those of the core that follow one another made by one."""
+    joined: list[Call] = []
+    for kind, group in itertools.groupby(calls, key=lambda call: call[0] is again):
+        if not kind:
+            joined += group
+            continue
+        tape = module().Tape()
+        for _, (name, arguments) in group:
+            tape.add(name, *arguments)
+        joined.append((run_tape, (tape,)))
+    return joined
 
 
 @functools.cache
