@@ -124,13 +124,16 @@ bool pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int
                              static_cast<DType>(to), threads);
 }
 
-void packed_linear(address x, int dtype, address panels, int packed, address bias, int bias_dtype, int activation,
-                   int64_t rows, int64_t in_features, int64_t out_features, address y, int threads) {
-    const bool as_is = dtype == packed && (static_cast<DType>(packed) == DType::float32 || in_features % 2 == 0);
+void packed_linear(address x, int x_dtype, address panels, int panels_dtype, address bias, int bias_dtype,
+                   int activation, int64_t rows, int64_t in_features, int64_t out_features, address y, int y_dtype,
+                   int threads) {
+    const bool whole = static_cast<DType>(panels_dtype) == DType::float32 || in_features % 2 == 0;
+    const bool as_is = x_dtype == panels_dtype && whole;
     const std::unique_ptr<uint32_t[]> units(as_is ? nullptr : new uint32_t[static_cast<size_t>(rows * in_features)]);
-    cpu().packed_linear({at<void>(x), units.get(), at<void>(panels), at<void>(bias), static_cast<DType>(bias_dtype)},
-                        {rows, in_features, out_features}, static_cast<Activation>(activation), at<void>(y),
-                        static_cast<DType>(dtype), static_cast<DType>(packed), threads);
+    cpu().packed_linear(
+        {at<void>(x), static_cast<DType>(x_dtype), units.get(), at<void>(panels), static_cast<DType>(panels_dtype),
+         at<void>(bias), static_cast<DType>(bias_dtype), at<void>(y), static_cast<DType>(y_dtype)},
+        {rows, in_features, out_features}, static_cast<Activation>(activation), threads);
 }
 
 void ppo_loss(address logprobs, address old_logprobs, address advantages, address values, address old_values,

@@ -33,8 +33,8 @@
                                            void* scratch, int threads))                                                \
     KERNEL(pack_weight, bool, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
                                void* panels, DType to, int threads))                                                   \
-    KERNEL(packed_linear, void, (const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation,  \
-                                 void* y, DType dtype, DType packed, int threads))                                     \
+    KERNEL(packed_linear, void, (const PackedLinearArrays& arrays, const PackedLinearShape& shape,                     \
+                                 Activation activation, int threads))                                                  \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
                             float* grad_values, float* policy, float* value, float* stats, double* scratch,            \
                             int threads))                                                                              \
@@ -117,13 +117,18 @@ struct LinearLogprobGradients {
 // wrote is finite.
 constexpr int64_t panel_columns = 64;
 
-// The inputs of packed_linear. units: scratch for x in the dtype of the panels, rows of whole pairs; null where x
-// itself is that. bias may be null.
+// Arrays of packed_linear. units: scratch for x in the dtype of the panels, rows of whole pairs; null where x itself is
+// that. bias may be null.
 struct PackedLinearArrays {
     const void* x;
+    DType x_dtype;
     void* units;
-    const void *panels, *bias;
+    const void* panels;
+    DType panels_dtype;
+    const void* bias;
     DType bias_dtype;
+    void* y;
+    DType y_dtype;
 };
 
 struct PackedLinearShape {

@@ -213,6 +213,13 @@ static void finish(Activation activation, const float* sums, const float* bias, 
     finish_as<Activation::none>(sums, bias, rows, columns, y, stride);
 }
 
+// A row of x as units.
+template <typename Unit, typename T>
+PYRLHF_INLINE void write_units(const T* row, int64_t features, Unit* to) {
+    const int64_t depth = divide_up(features, elements_in<Unit>);
+    for (int64_t at = 0; at < depth; at += W) store_units(to + at, units_of<Unit>(row, features, at), depth - at);
+}
+
 PYRLHF_INLINE void bias_of_panel(const PackedLinearArrays& in, int64_t first, int64_t columns, float* bias) {
     memset(bias, 0, panel_columns * sizeof(float));
     for (int64_t n = 0; in.bias && n < columns; ++n)
@@ -221,13 +228,13 @@ PYRLHF_INLINE void bias_of_panel(const PackedLinearArrays& in, int64_t first, in
 }
 
 template <typename Unit, typename T>
-static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, T* y,
-                   int threads) {
+static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, int threads) {
     const int64_t depth = divide_up(shape.in_features, elements_in<Unit>);
     const int64_t panels = divide_up(shape.out_features, panel_columns);
     // Rows that pass over all panels before the next ones do: few enough for the second-level cache to hold them.
     const int64_t group = most(1, group_bytes / (4 * block_rows * most(depth, 1))) * block_rows;
     const Unit* const x = static_cast<const Unit*>(in.units ? in.units : in.x);
+    T* const y = static_cast<T*>(in.y);
     // Where there are fewer panels than threads, each thread takes fewer rows of one: no bit depends on that.
     const int64_t item_rows = least(block_rows, round_up(most(1, divide_up(shape.rows * panels, threads)), tile_rows));
     const bool alone = panels * depth * (shape.rows + 8) < worth_a_fork * threads;
@@ -236,10 +243,12 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
         if (in.units) {
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < shape.rows; ++m) {
-                const T* const row = static_cast<const T*>(in.x) + m * shape.in_features;
+                const int64_t from = m * shape.in_features;
                 Unit* const to = static_cast<Unit*>(in.units) + m * depth;
-                for (int64_t at = 0; at < depth; at += W)
-                    store_units(to + at, units_of<Unit>(row, shape.in_features, at), depth - at);
+                if (in.x_dtype == DType::float32)
+                    write_units(static_cast<const float*>(in.x) + from, shape.in_features, to);
+                else
+                    write_units(static_cast<const bf16*>(in.x) + from, shape.in_features, to);
             }
         }
         float sums[block_rows * panel_columns], bias[panel_columns];
@@ -275,17 +284,14 @@ bool pack_weight(const void* weight, DType from, int64_t stride, int64_t n, int6
                 : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
 }
 
-void packed_linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, void* y,
-                   DType dtype, DType packed, int threads) {
-    if (dtype == DType::float32) {
-        float* const out = static_cast<float*>(y);
-        packed == DType::float32 ? linear<float>(in, shape, activation, out, threads)
-                                 : linear<pair>(in, shape, activation, out, threads);
-    } else {
-        bf16* const out = static_cast<bf16*>(y);
-        packed == DType::float32 ? linear<float>(in, shape, activation, out, threads)
-                                 : linear<pair>(in, shape, activation, out, threads);
-    }
+void packed_linear(const PackedLinearArrays& arrays, const PackedLinearShape& shape, Activation activation,
+                   int threads) {
+    if (arrays.panels_dtype == DType::float32)
+        arrays.y_dtype == DType::float32 ? linear<float, float>(arrays, shape, activation, threads)
+                                         : linear<float, bf16>(arrays, shape, activation, threads);
+    else
+        arrays.y_dtype == DType::float32 ? linear<pair, float>(arrays, shape, activation, threads)
+                                         : linear<pair, bf16>(arrays, shape, activation, threads);
 }
 
 }  // namespace PYRLHF_ISA

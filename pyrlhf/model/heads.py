@@ -62,7 +62,7 @@ class LMHead(nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         if self.packed is not None:
-            return ops.packed_linear(hidden.float(), self.packed, self.bias)
+            return ops.packed_linear(hidden, self.packed, self.bias, dtype=torch.float32)
         if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and not torch.is_grad_enabled():
             # Logits rounded to 8 or 11 bits would put the sampler's log-probs a thousandth off training's.
             logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)

@@ -65,34 +65,46 @@ def pack_weight(weight: Tensor, dtype: torch.dtype) -> PackedWeight:
 
 
 def packed_linear_ref(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None = None, activation: str | None = None
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`packed_linear` in plain torch."""
-    _check(x, packed, bias, activation)
+    _check(x, packed, bias, activation, dtype)
     weight = _unpacked(packed.panels, packed.in_features, packed.out_features)
     y = x.to(packed.dtype).to(torch.float32) @ weight.to(torch.float32)
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return _activated(y, activation).to(x.dtype)
+    return _activated(y, activation).to(dtype or x.dtype)
 
 
-def packed_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """``activation(x @ weight.T + bias)`` over a packed weight, for the few rows of a decode step. Not differentiable.
 
     x: ``[M, K]`` float32 or bfloat16 (float16 on CUDA), rounded to the packed dtype for the product; bias: ``[N]``, x's dtype
-    or float32; activation: None, "gelu" (exact), "gelu_new" (tanh), "silu" or "relu".
+    or float32; activation: None, "gelu" (exact), "gelu_new" (tanh), "silu" or "relu"; dtype of the result: float32 or x's (default).
 
-    Returns ``[M, N]`` in x's dtype; sums are float32. A row's bits do not depend on the other rows, nor on M.
+    Returns ``[M, N]``; sums are float32. A row's bits do not depend on the other rows, nor on M.
     Raises ValueError or TypeError naming the argument.
     """
-    _check(x, packed, bias, activation)
+    _check(x, packed, bias, activation, dtype)
     bias = None if bias is None else bias.detach()
     op = _op if torch.compiler.is_compiling() else _packed_linear  # eager decoding skips the dispatcher
-    y: Tensor = op(x.detach(), packed.panels, bias, activation, packed.out_features)
+    y: Tensor = op(x.detach(), packed.panels, bias, activation, packed.out_features, dtype)
     return y
 
 
-def _check(x: object, packed: object, bias: object, activation: object) -> None:
+def _check(x: object, packed: object, bias: object, activation: object, dtype: object) -> None:
     op = "packed_linear"
     if not isinstance(packed, PackedWeight):
         raise TypeError(f"{op}: packed must be a PackedWeight, found {type(packed).__name__}; make it with pack_weight")
@@ -102,6 +114,8 @@ def _check(x: object, packed: object, bias: object, activation: object) -> None:
         check_tensor(op, "bias", bias, shape=(packed.out_features,), dtype=(x.dtype, torch.float32), device=x.device)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be None or one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+    if dtype not in (None, x.dtype, torch.float32):
+        raise TypeError(f"{op}: dtype must be None, x's ({x.dtype}) or torch.float32, found {dtype!r}")
 
 
 def _panels_shape(weight: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
@@ -150,43 +164,54 @@ def _activated(y: Tensor, activation: str | None) -> Tensor:
     return torch.relu(y) if activation == "relu" else y
 
 
-def _packed_linear(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None, out_features: int) -> Tensor:
-    if use_core(x, panels, bias):
-        return stream(x, panels, bias, activation, out_features)
-    return _blocks_of_rows(x, _unpacked(panels, x.shape[1], out_features), bias, activation)
-
-
-def stream(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None, out_features: int) -> Tensor:
-    """`packed_linear` without its checks, for a decode loop that knows its tensors to be the core's (`use_core`)."""
+def _packed_linear(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_features: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if not use_core(x, panels, bias):
+        return _blocks_of_rows(x, _unpacked(panels, x.shape[1], out_features), bias, activation, dtype or x.dtype)
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-    y = x.new_empty(x.shape[0], out_features)
+    y = x.new_empty(x.shape[0], out_features, dtype=dtype)
     core().packed_linear(
         address(x), CORE_DTYPES.index(x.dtype), address(panels), CORE_DTYPES.index(panels.dtype),
         address(bias), 0 if bias is None else CORE_DTYPES.index(bias.dtype), _CODES[activation],
-        *x.shape, out_features, address(y), torch.get_num_threads(),
+        *x.shape, out_features, address(y), CORE_DTYPES.index(y.dtype), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
 
-def _blocks_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def _blocks_of_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
+) -> Tensor:
     """By torch, for a weight ``[K, N]``."""
     rows = x.shape[0]
     padded = pad(x.to(weight.dtype), (0, 0, 0, -rows % _ROWS))
-    if x.dtype != weight.dtype:  # a bfloat16 GEMM would round its sums to bfloat16
+    if dtype != weight.dtype:  # a bfloat16 GEMM would round its sums to bfloat16
         padded, weight = padded.to(torch.float32), weight.to(torch.float32)
     products = [torch.mm(block, weight) for block in padded.split(_ROWS)] or [weight.new_empty(0, weight.shape[1])]
     y = torch.cat(products)[:rows].to(torch.float32)
     if bias is not None:
         y = y + bias
-    return _activated(y, activation).to(x.dtype).contiguous()
+    return _activated(y, activation).to(dtype).contiguous()
 
 
-def _fake(x: Tensor, panels: Tensor, bias: Tensor | None, activation: str | None, out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+def _fake(
+    x: Tensor,
+    panels: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    out_features: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], out_features, dtype=dtype)
 
 
 _op = define(
-    "packed_linear(Tensor x, Tensor panels, Tensor? bias, str? activation, int out_features) -> Tensor",
+    "packed_linear(Tensor x, Tensor panels, Tensor? bias, str? activation, int out_features, ScalarType? dtype) -> Tensor",
     _packed_linear,
     _fake,
 )

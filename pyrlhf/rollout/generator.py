@@ -453,7 +453,7 @@ class _Run:
         self.first_logits = {p: row for p, row in self.first_logits.items() if p in held}
         new = self._rows(fresh, [-1] * len(fresh))
         self.live = self.live.join(new)
-        drawn = self._sample(logits, new.positions, new.columns, new.ids)
+        drawn = self._sample(logits, new.positions + 1, new.columns, new.ids)
         self._advance(self.live.last(len(fresh)), fresh, *drawn)
 
     def _resumed(self, samples: list[Sample]) -> _Live:
@@ -526,11 +526,12 @@ class _Run:
     def _step(
         self, tokens: Tensor, positions: Tensor, columns: Tensor, ids: Tensor, table: Tensor
     ) -> tuple[Tensor, ...]:
+        following = positions + 1  # here, before Python's memory has been driven from the caches by the weights
         hidden = self.policy.decode(tokens, positions, PagedDecode(self.cache, table, positions))
-        return self._sample(self.policy.logits(hidden), positions, columns, ids)
+        return self._sample(self.policy.logits(hidden), following, columns, ids)
 
     def _sample(self, logits: Tensor, positions: Tensor, columns: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-        """The tokens after those at `positions`, the `columns`-th drawn, and their log-probs. Logits are written to."""
+        """The tokens at `positions`, the ones before them the `columns`-th drawn, and their log-probs. Logits are written to."""
         how = self.sampling
         if len(self.banned):
             logits.index_fill_(1, self.banned, -math.inf)
@@ -540,7 +541,7 @@ class _Run:
         return ops.sample(
             logits,
             ids,
-            positions + 1,
+            positions,
             seed=how.seed,
             temperature=how.temperature,
             top_k=how.top_k,

@@ -99,9 +99,9 @@ Buffer<T> run(const Batch<T, P>& b, int threads = 1) {
                              : p.bias == 1 ? static_cast<const void*>(b.bias.data())
                                            : b.wide_bias.data();
     Buffer<T> y(p.rows * p.out);
-    cpu().packed_linear(
-        {b.x.data(), as_is ? nullptr : units.data(), b.panels.data(), bias, p.bias == 2 ? DType::float32 : dtype_of<T>},
-        {p.rows, p.in, p.out}, p.activation, y.data(), dtype_of<T>, dtype_of<P>, threads);
+    cpu().packed_linear({b.x.data(), dtype_of<T>, as_is ? nullptr : units.data(), b.panels.data(), dtype_of<P>, bias,
+                         p.bias == 2 ? DType::float32 : dtype_of<T>, y.data(), dtype_of<T>},
+                        {p.rows, p.in, p.out}, p.activation, threads);
     return y;
 }
 

@@ -99,6 +99,23 @@ def test_each_dtype_through_each_weight(isa, poison, dtype, packed_dtype):
             )
 
 
+@pytest.mark.parametrize("packed_dtype", DTYPES)
+@pytest.mark.parametrize("backend", ["auto", "ref"])
+def test_a_float32_result_of_bfloat16_is_rounded_less(isa, poison, backend, packed_dtype, monkeypatch):
+    monkeypatch.setenv("PYRLHF_BACKEND", backend)
+    for rows, features, out in SHAPES:
+        x, weight, bias = inputs(rows, features, out, torch.bfloat16)
+        packed = pack_weight(weight, packed_dtype)
+        for b in (bias, bias.float(), None):
+            wide = packed_linear(x, packed, b, "gelu_new", dtype=torch.float32)
+            assert wide.dtype == torch.float32
+            assert torch.equal(wide, packed_linear(x.float(), packed, None if b is None else b.float(), "gelu_new"))
+            narrow = packed_linear(x, packed, b, "gelu_new", dtype=torch.bfloat16)
+            assert torch.equal(narrow, packed_linear(x, packed, b, "gelu_new"))
+            if packed_dtype == torch.float32 or backend == "auto":  # torch's own GEMM rounds in another place
+                assert torch.equal(narrow, wide.to(torch.bfloat16))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     rows=st.integers(0, 70),
@@ -386,7 +403,9 @@ def test_torch_library(dtype):
     packed = pack_weight(weight, dtype)
     for b in (bias, bias.float(), None):
         for activation in ACTIVATIONS:
-            torch.library.opcheck(torch.ops.pyrlhf.packed_linear.default, (x, packed.panels, b, activation, 6))
+            for result in (None, torch.float32):
+                arguments = x, packed.panels, b, activation, 6, result
+                torch.library.opcheck(torch.ops.pyrlhf.packed_linear.default, arguments)
     compiled = torch.compile(lambda t: packed_linear(t * 2, packed, bias, "gelu"), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), packed_linear(x * 2, packed, bias, "gelu"))
 
@@ -408,6 +427,7 @@ def test_wrong_calls_name_the_argument(function):
         (TypeError, "bias must be float32", {"bias": bias.bfloat16()}),
         (TypeError, "bias must be a torch.Tensor, found float", {"bias": 1.0}),
         (ValueError, "activation must be None or one of gelu, .*found 'swish'", {"activation": "swish"}),
+        (TypeError, "dtype must be None, x's .*float32.* or torch.float32, found torch.bf", {"dtype": torch.bfloat16}),
     ):
         with pytest.raises(error, match=message):
             function(**{"x": x, "packed": packed, "bias": bias, **change})
