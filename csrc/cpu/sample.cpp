@@ -28,6 +28,7 @@ struct Cut {
     float logit = -infinity;
     int32_t id = INT32_MAX;
     float least_z = -infinity;  // min-p
+    bool keeps_all() const { return logit == -infinity && id == INT32_MAX && least_z == -infinity; }
 };
 
 template <typename T>
@@ -221,24 +222,36 @@ PYRLHF_INLINE Cut find_cut(const Row<T>& row, const SampleOptions& options, Scra
     return cut;
 }
 
-// The weights that are kept among the tokens [first, first + chunk), added up.
-template <typename T>
-PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, const Cut& cut, int64_t first) {
+// The weights of the tokens [first, first + chunk) added up, as weights(at) gives those of W tokens.
+template <typename T, typename Weigh>
+PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, int64_t first, Weigh weights) {
     const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
     vi high = {}, low = {};
     for (int64_t at = first; at < last; at += W) {
-        const Weights w = kept_weights(row, cut, at);
+        const Weights w = weights(at);
         high += w.high;
         low += w.low;
     }
     return total(high, low);
 }
 
+// Of all tokens; past the end of the row there is -infinity, which weighs nothing.
+template <typename T>
+PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, int64_t first) {
+    return chunk_mass(row, first, [&](int64_t at) PYRLHF_LAMBDA {
+        return weigh(scaled(row, load_some(row.logits + at, row.vocab - at)));
+    });
+}
+
 template <typename T>
 PYRLHF_INLINE int64_t sum_chunks(const Row<T>& row, const Cut& cut, int64_t* chunks) {
+    const bool all = cut.keeps_all();
     int64_t sum_of_all = 0;
-    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c)
-        sum_of_all += chunks[c] = chunk_mass(row, cut, first);
+    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c) {
+        chunks[c] = all ? chunk_mass(row, first)
+                        : chunk_mass(row, first, [&](int64_t at) PYRLHF_LAMBDA { return kept_weights(row, cut, at); });
+        sum_of_all += chunks[c];
+    }
     return sum_of_all;
 }
 
@@ -259,14 +272,20 @@ PYRLHF_INLINE int64_t token_at(const Row<T>& row, const Cut& cut, const int64_t*
 // The largest logit; false if the row holds NaN, +infinity or nothing above -infinity.
 template <typename T>
 PYRLHF_INLINE bool find_top(Row<T>& row) {
-    vf top = broadcast(-infinity);
+    constexpr int together = 4;  // each waits for the one before it
+    vf tops[together];
+    for (vf& top : tops) top = broadcast(-infinity);
     vi bad = {};
-    for (int64_t at = 0; at < row.vocab; at += W) {
-        const vf x = load_some(row.logits + at, row.vocab - at);
+    const auto look = [&](vf x, vf& top) PYRLHF_LAMBDA {
         bad |= x != x;
         top = x > top ? x : top;
-    }
-    row.top = largest(top);
+    };
+    int64_t at = 0;
+    for (; at + together * W <= row.vocab; at += together * W)
+        for (int i = 0; i < together; ++i) look(load(row.logits + at + i * W), tops[i]);
+    for (; at < row.vocab; at += W) look(load_some(row.logits + at, row.vocab - at), tops[0]);
+    for (const vf& top : tops) tops[0] = top > tops[0] ? top : tops[0];
+    row.top = largest(tops[0]);
     return !any(bad) && row.top > -infinity && row.top < infinity;
 }
 
@@ -339,7 +358,7 @@ int64_t score_rows(const T* logits, const int64_t* tokens, float inverse, int64_
         if (find_top(row)) {
             row.inverse = inverse == 0.0f ? 1.0f : inverse;
             int64_t mass = 0;
-            for (int64_t first = 0; first < vocab; first += chunk) mass += chunk_mass(row, Cut{}, first);
+            for (int64_t first = 0; first < vocab; first += chunk) mass += chunk_mass(row, first);
             logprobs[b] = logprob_of(row, tokens[b], mass);
         } else if (b < first_bad) {
             first_bad = b;
