@@ -118,6 +118,13 @@ void linear_logprob_backward(address hidden, address weight, address bias, addre
         at<void>(scratch), threads);
 }
 
+void note_draws(address drawn, address drawn_logprobs, int64_t rows, address last_tokens, address positions,
+                address columns, address places, address tokens, address logprobs) {
+    cpu().note_draws(at<int64_t>(drawn), at<float>(drawn_logprobs), rows,
+                     {at<int64_t>(last_tokens), at<int64_t>(positions), at<int64_t>(columns), at<int64_t>(places)},
+                     at<int64_t>(tokens), at<float>(logprobs));
+}
+
 bool pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int64_t columns, address panels, int to,
                  int threads) {
     return cpu().pack_weight(at<void>(weight), static_cast<DType>(from), row_stride, rows, columns, at<void>(panels),
@@ -236,6 +243,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("linear_logprob_scratch", &linear_logprob_scratch);
     m.def("linear_logprob", &linear_logprob, released);
     m.def("linear_logprob_backward", &linear_logprob_backward, released);
+    m.def("note_draws", &note_draws, released);
     m.def("pack_weight", &pack_weight, released);
     define("packed_linear", &packed_linear);
     m.def("ppo_loss", &ppo_loss, released);

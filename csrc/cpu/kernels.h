@@ -31,6 +31,8 @@
                                   void* scratch, int threads))                                                         \
     KERNEL(linear_logprob_backward, void, (const LinearLogprobInputs& in, const LinearLogprobGradients& grads,         \
                                            void* scratch, int threads))                                                \
+    KERNEL(note_draws, void, (const int64_t* drawn, const float* drawn_logprobs, int64_t rows, const DecodeRows& live,    \
+                              int64_t* tokens, float* logprobs))                                                       \
     KERNEL(pack_weight, bool, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
                                void* panels, DType to, int threads))                                                   \
     KERNEL(packed_linear, void, (const PackedLinearArrays& arrays, const PackedLinearShape& shape,                     \
@@ -83,6 +85,12 @@ struct AttentionGrads {
 struct DecodeShape {
     int64_t rows, heads, kv_heads, dim, page_size, max_pages, q_row, q_head, window;
     float scale;
+};
+
+// The sequences of a decode step, [rows]: the last token of each, its position, how many were drawn before it, and its
+// place among all that is drawn.
+struct DecodeRows {
+    int64_t *tokens, *positions, *columns, *places;
 };
 
 // Sizes of write_kv in bytes: k and v are [tokens, heads, dim_bytes] with these strides, a slot is [heads, dim_bytes].

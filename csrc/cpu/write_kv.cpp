@@ -34,14 +34,5 @@ void write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const 
         }
 }
 
-void token_places(const int32_t* page_table, int64_t max_pages, const int64_t* positions, int64_t tokens,
-                  int64_t page_size, int64_t* slots, int32_t* seq_lens) {
-    for (int64_t t = 0; t < tokens; ++t) {
-        const int64_t page = page_table[t * max_pages + positions[t] / page_size];
-        slots[t] = page * page_size + positions[t] % page_size;
-        seq_lens[t] = static_cast<int32_t>(positions[t] + 1);
-    }
-}
-
 }  // namespace PYRLHF_ISA
 }  // namespace pyrlhf

@@ -1,4 +1,4 @@
-"""Stores new keys and values in the paged cache, and says where."""
+"""Stores new keys and values in the paged cache."""
 
 from __future__ import annotations
 
@@ -49,24 +49,6 @@ def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor)
     else:
         room = k_cache.shape[0] * k_cache.shape[1]
         cuda_core().write_kv(*tensors, tokens, heads, size * dim, *strides, room, faults(k), *queue(k))
-
-
-def token_places(table: Tensor, positions: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-    """Where tokens lie: their slots int64 ``[T]``, and int32 ``[T]`` how many tokens of their sequences there are with them.
-
-    table: int32 ``[T, max_pages]``, the pages of each token's sequence; positions: int64 ``[T]``, within these pages.
-    Nothing is checked: it is for a decode loop that has made both itself.
-    """
-    if use_core(table, positions):
-        table, positions = table.contiguous(), positions.contiguous()
-        slots, seq_lens = torch.empty_like(positions), positions.new_empty(len(positions), dtype=torch.int32)
-        core().token_places(
-            address(table), table.shape[1], address(positions), len(positions), page_size, address(slots), address(seq_lens)
-        )  # fmt: skip
-        return slots, seq_lens
-    page = positions.div(page_size, rounding_mode="trunc")  # of int64 `//` is slow: it looks for negative numbers
-    held = table.gather(1, page.unsqueeze(1)).squeeze(1)
-    return positions.add(held.long().sub_(page), alpha=page_size), (positions + 1).int()
 
 
 def turn_and_store(

@@ -16,7 +16,8 @@ from pyrlhf import ops
 from pyrlhf.ops._core import use_core, use_cuda_core
 from pyrlhf.ops._memory import moved, streamed
 from pyrlhf.ops.decode_attention import DecodePlan, attend, attend_planned, plan_decode
-from pyrlhf.ops.write_kv import store, token_places, turn_and_store
+from pyrlhf.ops.decode_step import token_places
+from pyrlhf.ops.write_kv import store, turn_and_store
 from pyrlhf.rollout.scheduler import Pages
 
 if TYPE_CHECKING:

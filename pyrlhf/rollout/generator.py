@@ -16,6 +16,7 @@ from torch import Tensor
 from pyrlhf import ops
 from pyrlhf.ops._checks import values_readable
 from pyrlhf.ops._core import raise_faults, use_core, use_cuda_core
+from pyrlhf.ops.decode_step import note_draws
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill, sent
 from pyrlhf.rollout.program import DecodeProgram
 from pyrlhf.rollout.rollouts import Finished, Rollouts, Sampling, Timings
@@ -172,11 +173,14 @@ class Generator:
             return self.pages
         weight = self.policy.trunk.embed.tokens.weight
         needs = sorted((-(-sample.longest // self.page_size) + 1 for sample in samples), reverse=True)
+        wanted = max(1, sum(needs[: self.max_batch]))
         budget = self.cache_bytes
         if budget is None:
+            if self._cache is not None and self._cache.serves(wanted, self.page_size, weight.dtype, weight.device):
+                return wanted  # it is there already, whatever else the host has
             budget = _cache_budget(weight.device, self._step_bytes(samples, weight.dtype))
         fitting = budget // PagedCache.page_bytes(self.policy.config, self.page_size, weight.dtype)
-        return max(1, min(sum(needs[: self.max_batch]), fitting))
+        return max(1, min(wanted, fitting))
 
     def _step_bytes(self, samples: Sequence[Sample], dtype: torch.dtype) -> int:
         """About what the largest prefill and decode step take beside weights and cache: rather too much than too little."""
@@ -521,7 +525,9 @@ class _Run:
                 self.programs.pop(next(iter(self.programs)))
             filling = (0, 0, 0, 0, self.cache.spare)
             self.programs[rows] = DecodeProgram(self._step, rows, inputs, filling, self.pool)
-        return self.programs[rows](*inputs)
+        program = self.programs[rows]
+        live.tokens, live.positions, live.columns, live.ids, live.table = program.taken(*inputs)
+        return program()
 
     def _step(
         self, tokens: Tensor, positions: Tensor, columns: Tensor, ids: Tensor, table: Tensor
@@ -557,12 +563,17 @@ class _Run:
 
     def _advance(self, rows: _Live, samples: list[Sample], tokens: Tensor, logprobs: Tensor) -> None:
         """Note a token for these live rows, and let go of the sequences that are known to have ended."""
-        for counter in (rows.positions, rows.columns, rows.places):
-            counter.add_(1)
-        self.tokens.view(-1).scatter_(0, rows.places, tokens)
-        self.logprobs.view(-1).scatter_(0, rows.places, logprobs)
+        note_draws(
+            tokens,
+            logprobs,
+            last=rows.tokens,  # a bad row is decoded until it is known for one
+            positions=rows.positions,
+            columns=rows.columns,
+            places=rows.places,
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+        )
         draw = self._told(list(samples), tokens)
-        torch.clamp(tokens, min=0, out=rows.tokens)  # a bad row is decoded until it is known for one
         self._settle()  # of what was drawn before
         draw.spent = self.scheduler.spent()
         self._retire({sample: sample.limit for sample in draw.spent})

@@ -166,8 +166,8 @@ class DecodeProgram:
     ) -> None:
         self._filling, self._asked = filling, 0
         pairs = zip(inputs, filling, strict=True)
-        self._inputs = [x.new_full((rows, *x.shape[1:]), value) for x, value in pairs]  # what is recorded reads these
-        self._write(inputs)
+        self._inputs = tuple(x.new_full((rows, *x.shape[1:]), value) for x, value in pairs)  # what is recorded reads these
+        self.taken(*inputs)
 
         def whole() -> Outputs:
             return step(*self._inputs)
@@ -181,17 +181,21 @@ class DecodeProgram:
             self._program = Program(whole)
             self.bytes = self._program.bytes
 
-    def __call__(self, *inputs: Tensor) -> Outputs:
-        """What the step gives for these rows. The next call, of this or of another program of the pool, writes into the same memory."""
-        self._write(inputs)
-        return tuple(out[: self._asked] for out in self._program.run())
-
-    def _write(self, inputs: Sequence[Tensor]) -> None:
+    def taken(self, *inputs: Tensor) -> Outputs:
+        """Take over the inputs of the next step. What comes back are the tensors that the program reads, to be gone on with in their
+        place where it has as many rows: they need not be copied again."""
         before, self._asked = self._asked, len(inputs[0])
+        whole = self._asked == len(self._inputs[0])
         for own, new, value in zip(self._inputs, inputs, self._filling, strict=True):
-            (own if len(own) == self._asked else own[: self._asked]).copy_(new)
+            if own is not new:
+                (own if whole else own[: self._asked]).copy_(new)
             if self._asked < before:
                 own[self._asked : before].fill_(value)
+        return self._inputs if whole else inputs
+
+    def __call__(self) -> Outputs:
+        """What the step gives for them. The next call, of this or of another program of the pool, writes into the same memory."""
+        return tuple(out[: self._asked] for out in self._program.run())
 
 
 __all__ = ["DecodeProgram", "Graph", "Program"]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyrlhf.ops import write_kv, write_kv_ref
 from pyrlhf.ops._core import CORE_DTYPES, core
-from pyrlhf.ops.write_kv import token_places
 
 
 def inputs(
@@ -37,19 +36,6 @@ def test_each_row_lands_in_its_slot_and_nowhere_else(function, dtype, tokens, pa
     arguments = inputs(tokens, pages, page_size, dtype)
     assert function(*arguments) is None
     assert_landed(*arguments)
-
-
-@pytest.mark.parametrize("backend", ["auto", "ref"])
-def test_places_follow_the_table(isa, poison, backend, monkeypatch):
-    monkeypatch.setenv("PYRLHF_BACKEND", backend)
-    table = torch.tensor([[7, 2, 5], [7, 2, 5], [7, 2, 5], [7, 2, 5], [1, 0, 0]], dtype=torch.int32)
-    positions = torch.tensor([0, 3, 4, 11, 2])
-    for rows in ([0, 1, 2, 3, 4], [4], []):
-        every_other = torch.stack((positions[rows], positions[rows]), 1)[:, 0]
-        slots, seq_lens = token_places(table[rows].T.contiguous().T, every_other, 4)
-        assert slots.tolist() == [[28, 31, 8, 23, 6][row] for row in rows]
-        assert seq_lens.tolist() == [[1, 4, 5, 12, 3][row] for row in rows]
-        assert (slots.dtype, seq_lens.dtype) == (torch.int64, torch.int32)
 
 
 @pytest.mark.parametrize("dtype", CORE_DTYPES)
