@@ -251,6 +251,10 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
                     write_units(static_cast<const bf16*>(in.x) + from, shape.in_features, to);
             }
         }
+        // What another core has just written takes long to come: all of it is asked for at once.
+        const int64_t x_bytes = shape.rows * depth * static_cast<int64_t>(sizeof(Unit));
+        for (int64_t at = 0; at < x_bytes && x_bytes <= group_bytes; at += line)
+            __builtin_prefetch(reinterpret_cast<const char*>(x) + at, 0, 2);
         float sums[block_rows * panel_columns], bias[panel_columns];
         for (int64_t from = 0; from < shape.rows; from += group) {
             const int64_t blocks = divide_up(least(shape.rows - from, group), item_rows);

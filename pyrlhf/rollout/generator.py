@@ -598,6 +598,8 @@ class _Run:
         """Learn what all draws so far have ended."""
         while self.pending:
             draw = self.pending.pop(0)
+            if draw.ended is None and not draw.spent and not self.sampling.stop_strings:
+                continue  # nothing could have ended
             if draw.done is not None:
                 draw.done.synchronize()
             ended = [] if draw.ended is None else [draw.samples[i] for i in draw.ended.nonzero().squeeze(1).tolist()]
