@@ -112,12 +112,21 @@ PYRLHF_INLINE void find_rows(const Item<T>& item, int64_t first, int64_t count, 
         rows[2 * count + j] = there > 0 ? source.cache.k + offsets[least(j, there - 1)] : rows[0];
 }
 
-// Asks for the lines of `dim` elements of some rows. Any address is fine: a prefetch does not fault.
+// Asks for rows line by line, as they lie in memory: so the hardware follows them too. Any address is fine: a prefetch
+// does not fault.
 template <typename T>
-PYRLHF_INLINE void ask(const T* const* rows, int64_t offset, int64_t dim) {
-    for (int i = 0; i < together; ++i)
-        for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
-            __builtin_prefetch(rows[i] + offset + d);
+struct Fetch {
+    const T* const* rows;
+    int64_t left, row_bytes;  // left: rows
+    int64_t byte = 0;         // of the first of them
+};
+template <typename T>
+PYRLHF_INLINE void ask(Fetch<T>& fetch, int64_t lines) {
+    for (int64_t i = 0; i < lines && fetch.left > 0; ++i) {
+        __builtin_prefetch(reinterpret_cast<const char*>(*fetch.rows) + fetch.byte);
+        fetch.byte += 64;
+        if (fetch.byte >= fetch.row_bytes) fetch.byte = 0, ++fetch.rows, --fetch.left;
+    }
 }
 
 // scores[h][i] = factor * q[h] . rows[i] for `count` rows; behind them it writes anything, up to `together` scores.
@@ -222,17 +231,19 @@ template <typename T>
 PYRLHF_INLINE void attend_tokens(const Item<T>& item, const Item<T>& next, int64_t kv_heads, int64_t group, int64_t dim,
                                  float factor, const Work& work) {
     const int64_t row_bytes = kv_heads * dim * static_cast<int64_t>(sizeof(T));
-    const int64_t ahead = least(key_block - together, round_up(divide_up(ahead_bytes, row_bytes), together));
+    const int64_t ahead = least(key_block, divide_up(ahead_bytes, row_bytes));       // rows
+    const int64_t lines = divide_up(together * divide_up(row_bytes, 64), kv_heads);  // to ask for at a time
     const T* rows[3 * key_block];
     for (int64_t first = item.first, count; first < item.end; first += count) {
         // Blocks end at multiples of key_block.
         count = least(item.end - first, key_block - first % key_block);
-        find_rows(item, first, count, next, ahead + together, rows);
+        find_rows(item, first, count, next, ahead, rows);
+        Fetch<T> fetch = {rows + ahead, 2 * count, row_bytes};
         // Every key head, within it its query heads, for a few tokens after the other.
         const auto for_tokens = [&](const T* const* from, auto f) PYRLHF_LAMBDA {
             for (int64_t j = 0; j < count; j += together)
                 for (int64_t head = 0; head < kv_heads; ++head) {
-                    ask(from + j + ahead, head * dim, dim);
+                    ask(fetch, lines);
                     for_query_heads(group, [&](int64_t h, auto heads) PYRLHF_LAMBDA {
                         f(from + j, least(together, count - j), head * dim, head * group + h, heads,
                           work.scores + (head * group + h) * key_block + j);
