@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pyrlhf.model import CausalLM
 
 
-_STEPS_ALIKE = 3  # decode steps in a row with as many sequences, after which a step is recorded (CPU; on CUDA at once)
+_STEPS_ALIKE = 3  # decode steps in a row of one size, after which a step is recorded (CPU; on CUDA at once)
 _PROGRAMS = 8  # recorded steps that a call keeps (CPU; on CUDA there are few sizes, and all are kept)
 _KEPT = 1 << 30  # bytes of KV cache and recorded steps that a generator keeps between calls (CPU)
 _LIBRARIES = 1 << 29  # bytes of a GPU for what libraries allocate at their first call, and for graphs
@@ -689,12 +689,13 @@ class _Run:
 
 
 def _bucket(rows: int, device: torch.device) -> int:
-    """Rows of the recorded step that serves so many: on the CPU their own; on CUDA 1, 2, 4 .. 64, 96, 128, 192, 256, 384 ..
+    """Rows of the recorded step that serves so many: on the CPU a multiple of 4 above 2; on CUDA 1, 2, 4 .. 64, 96, 128, 192, 256, 384 ..
 
-    A product reads its weights whether 33 rows want it or 64, and every size costs a capture.
+    A product reads its weights whether 33 rows want it or 64, and every size costs a recording. On the CPU packed_linear takes four
+    rows at a time anyway.
     """
     if device.type == "cpu":
-        return rows
+        return rows if rows < 3 else -(-rows // 4) * 4
     power = 1 << (rows - 1).bit_length()
     return power * 3 // 4 if power > 64 and rows <= power * 3 // 4 else power
 

@@ -166,7 +166,9 @@ class DecodeProgram:
     ) -> None:
         self._filling, self._asked = filling, 0
         pairs = zip(inputs, filling, strict=True)
-        self._inputs = tuple(x.new_full((rows, *x.shape[1:]), value) for x, value in pairs)  # what is recorded reads these
+        self._inputs = tuple(
+            x.new_full((rows, *x.shape[1:]), value) for x, value in pairs
+        )  # what is recorded reads these
         self.taken(*inputs)
 
         def whole() -> Outputs:

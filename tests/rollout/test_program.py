@@ -39,6 +39,20 @@ def spoil_free_memory() -> None:
     del rubbish
 
 
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each step that is recorded."""
+    rows: list[int] = []
+
+    class Counted(DecodeProgram):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            rows.append(args[1])
+
+    monkeypatch.setattr(generator, "DecodeProgram", Counted)
+    return rows
+
+
 @torch.no_grad()
 def test_calls_of_the_core_and_of_torch_are_repeated() -> None:
     table, weight = nn.Embedding(50, 64), torch.randn(96, 64)
@@ -85,29 +99,28 @@ def test_generation_by_recorded_steps_is_the_same(
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
     sampling = Sampling(max_new_tokens=24, seed=1, eos_id=7)
     recorded = Generator(policy, page_size=4, max_batch=5).generate(prompts, sampling, n=3)
-    assert 5 in made
+    assert 8 in made  # rows of which five are asked for
     monkeypatch.setattr(generator, "_STEPS_ALIKE", 10**9)
     plain = Generator(policy, page_size=4, max_batch=5).generate(prompts, sampling, n=3)
     assert recorded.tokens.tolist() == plain.tokens.tolist()
     assert torch.equal(recorded.logprobs, plain.logprobs)
 
 
-def test_a_program_of_more_rows_serves_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, where a graph serves every number of rows up to its own."""
+def test_a_program_of_more_rows_serves_fewer(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     policy, prompts = model("llama", torch.float32), [[i, i + 1] for i in range(9)]
     sampling = Sampling(max_new_tokens=20, seed=1, eos_id=-1)
-    plain = Generator(policy, max_batch=7).generate(prompts, sampling)
-    sizes: set[int] = set()
-
-    def bucket(rows: int, device: torch.device) -> int:
-        sizes.add(-(-rows // 4) * 4)
-        return -(-rows // 4) * 4
-
-    monkeypatch.setattr(generator, "_bucket", bucket)
     filled = Generator(policy, max_batch=7).generate(prompts, sampling)
-    assert sizes == {4, 8}
+    assert recorded == [8, 2]
+    monkeypatch.setattr(generator, "_bucket", lambda rows, device: rows)
+    plain = Generator(policy, max_batch=7).generate(prompts, sampling)
+    assert recorded == [8, 2, 7, 2]
     assert filled.tokens.tolist() == plain.tokens.tolist()
     assert torch.equal(filled.logprobs, plain.logprobs)
+
+
+def test_buckets_on_the_cpu_fill_whole_tiles() -> None:
+    sizes = [generator._bucket(rows, torch.device("cpu")) for rows in range(1, 14)]
+    assert sizes == [1, 2, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12, 16]
 
 
 def test_buckets_on_cuda_are_few() -> None:
@@ -129,22 +142,8 @@ def test_few_programs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(generator._Run, "_retire", watched)
     policy = model("gpt2", torch.float32)
-    Generator(policy).generate([[i] for i in range(12)], Sampling(max_new_tokens=24, seed=1, eos_id=7))
+    Generator(policy).generate([[i] for i in range(40)], Sampling(max_new_tokens=40, seed=1, eos_id=7))
     assert max(kept) == 2
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each step that is recorded."""
-    rows: list[int] = []
-
-    class Counted(DecodeProgram):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            rows.append(args[1])
-
-    monkeypatch.setattr(generator, "DecodeProgram", Counted)
-    return rows
 
 
 PROMPTS, SAMPLING = [[1, 2, 3], [4], [5, 6]], Sampling(max_new_tokens=12, seed=1, eos_id=-1, banned_ids=(3,))
@@ -195,11 +194,11 @@ def test_the_next_call_runs_the_steps_of_the_last_where_they_still_fit(
     policy = model(kind, torch.float32)
     engine = Generator(policy, pages=60, page_size=4)
     first = engine.generate(PROMPTS, SAMPLING)
-    assert recorded == [3]
+    assert recorded == [4]
     change(policy)
     spoil_free_memory()
     out = engine.generate(prompts, sampling)
-    assert recorded == ([3, 3] if again else [3])
+    assert recorded == ([4, 4] if again else [4])
     expected = Generator(policy).generate(prompts, sampling)
     assert out.tokens.tolist() == expected.tokens.tolist()
     assert torch.equal(out.logprobs, expected.logprobs)
@@ -216,7 +215,7 @@ def test_another_number_of_threads_records_anew(recorded: list[int]) -> None:
         out = engine.generate(PROMPTS, SAMPLING)
     finally:
         torch.set_num_threads(threads)
-    assert recorded == [3, 3]
+    assert recorded == [4, 4]
     assert torch.equal(out.logprobs, first.logprobs)
 
 
@@ -226,7 +225,7 @@ def test_steps_that_would_hold_much_memory_go(recorded: list[int], monkeypatch: 
     cache = engine._cache
     assert cache is not None
     (program,) = cache.programs.values()
-    logits = 3 * 40 * 4  # bytes
+    logits = 4 * 40 * 4  # bytes
     assert logits < program.bytes < 2000 * logits
     monkeypatch.setattr(generator, "_KEPT", cache.bytes + program.bytes - 1)
     engine.generate(PROMPTS, SAMPLING)
@@ -242,7 +241,7 @@ def test_the_reference_backend_does_not_run_what_the_core_recorded(
     monkeypatch.setenv("PYRLHF_BACKEND", "ref")
     monkeypatch.setattr(DecodeProgram, "__call__", None)
     engine.generate(PROMPTS, SAMPLING)
-    assert recorded == [3]
+    assert recorded == [4]
 
 
 def test_the_reference_backend_generates_without_programs(monkeypatch: pytest.MonkeyPatch) -> None:
