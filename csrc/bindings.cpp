@@ -1,6 +1,6 @@
 // pyrlhf._C: the table of contents, one line a kernel. Pointers and streams are integers (0 = none), sizes and dtypes
-// are plain numbers; Python has checked them (pyrlhf/ops). The GIL is released while a kernel runs. What computes a
-// model forward can also be kept on a Tape.
+// are plain numbers; Python has checked them (pyrlhf/ops). The GIL is released while a kernel runs. What a decode step
+// calls can also be kept on a Tape.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -4,8 +4,7 @@ In a small model most of a step is Python: finding modules, checking arguments, 
 every time as long as the batch has the same number of rows and the tensors stay where they are. So a step is recorded while it
 runs: each call of the core with its addresses, each call of torch that computes something with the tensor it gave. Running the
 program makes the same calls in the same order, on the same memory, with the same bits; those of the core that follow one another
-without Python between them. It is to the CPU what a CUDA graph is to a GPU,
-and on a GPU it is one.
+without Python between them. It is to the CPU what a CUDA graph is to a GPU, and on a GPU it is one.
 """
 
 from __future__ import annotations

@@ -61,22 +61,3 @@ TEST(write_kv_of_any_size) {
 TEST(write_kv_on_any_number_of_threads) {
     for (const int threads : {1, 2, 3}) check({301, 4, 67, 400, 1}, threads);  // more than 128 KiB
 }
-
-TEST(token_places_follow_the_table) {
-    for (const int64_t page_size : {1, 3, 4, 32}) {
-        constexpr int64_t tokens = 13, max_pages = 5;
-        Random random(5);
-        const Buffer<int32_t> table(tokens * max_pages,
-                                    [&](int64_t) { return static_cast<int32_t>(random.below(99)); });
-        const Buffer<int64_t> positions(tokens, [&](int64_t) { return random.below(max_pages * page_size); });
-        Buffer<int64_t> slots(tokens);
-        Buffer<int32_t> seq_lens(tokens);
-        cpu().token_places(table.data(), max_pages, positions.data(), tokens, page_size, slots.data(), seq_lens.data());
-        for (int64_t t = 0; t < tokens; ++t) {
-            int64_t page = 0, place = positions[t];
-            for (; place >= page_size; place -= page_size) ++page;
-            CHECK_EQUAL(slots[t], table[t * max_pages + page] * page_size + place);
-            CHECK_EQUAL(seq_lens[t], static_cast<int32_t>(positions[t] + 1));
-        }
-    }
-}
