@@ -261,12 +261,13 @@ PYBIND11_MODULE(_C, m) {
     cuda::bind(cuda_half);
 #endif
 
-    py::class_<Tape>(m, "Tape", "calls of the core, to be made again one after the other")
-        .def(py::init<>())
-        .def("add", &Tape::add, "keep a call: the function's name, then its arguments")
-        .def("run", &Tape::run, released,
-             "-1, or of the first call that failed -2 (no memory) or the wrong row's number")
-        .def("__len__", &Tape::size);
+    // A function, no class: pybind11 modules share their classes' memory, which each must have from the same allocator.
+    const auto keep = [released](const std::vector<std::pair<std::string, py::tuple>>& calls) {
+        return py::cpp_function([tape = Tape(calls)]() { return tape.run(); }, released);
+    };
+    m.def("tape", keep,
+          "calls, pairs of a function's name and its arguments, as a function that makes them again: it returns -1, or "
+          "of the first call that failed -2 (no memory) or the wrong row's number");
 
     m.def("philox4x32", &philox, "Philox4x32-10 of a counter (4 words) and a key (2 words), for known-answer tests");
     m.def("isa", &isa, "the instruction set in use");

@@ -6,6 +6,7 @@
 
 #include <functional>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -18,22 +19,25 @@ class Tape {
     // How a call went: well, without the memory it needed, or else the number of the row that was wrong.
     static constexpr int64_t done = -1, no_memory = -2;
 
-    // From now on `add` knows this function. It returns nothing, whether it had the memory it needed, or the number of
-    // the first wrong row, -1 where there is none.
+    // From now on a tape can hold calls of this function. It returns nothing, whether it had the memory it needed, or
+    // the number of the first wrong row, -1 where there is none.
     template <typename R, typename... A>
     static void knows(const char* name, R (*function)(A...)) {
-        makers()[name] = [=](const pybind11::args& given) {
+        makers()[name] = [=](const pybind11::tuple& given) {
             if (given.size() != sizeof...(A))
-                throw pybind11::type_error("Tape.add: expected " + std::to_string(sizeof...(A)) + " arguments, found " +
-                                           std::to_string(given.size()));
+                throw pybind11::type_error(std::string(name) + ": expected " + std::to_string(sizeof...(A)) +
+                                           " arguments, found " + std::to_string(given.size()));
             return bound(function, given, std::index_sequence_for<A...>{});
         };
     }
 
-    void add(const std::string& name, const pybind11::args& arguments) {
-        const auto maker = makers().find(name);
-        if (maker == makers().end()) throw pybind11::key_error("Tape.add: no function " + name + " can be kept");
-        calls_.push_back(maker->second(arguments));
+    // Of (name, arguments).
+    explicit Tape(const std::vector<std::pair<std::string, pybind11::tuple>>& calls) {
+        for (const auto& [name, arguments] : calls) {
+            const auto maker = makers().find(name);
+            if (maker == makers().end()) throw pybind11::key_error("no call of " + name + " can be kept on a tape");
+            calls_.push_back(maker->second(arguments));
+        }
     }
 
     // Makes the calls in order, up to the first that does not go well.
@@ -43,11 +47,9 @@ class Tape {
         return done;
     }
 
-    size_t size() const { return calls_.size(); }
-
   private:
     using Call = std::function<int64_t()>;
-    using Maker = std::function<Call(const pybind11::args&)>;
+    using Maker = std::function<Call(const pybind11::tuple&)>;
 
     static std::unordered_map<std::string, Maker>& makers() {
         static std::unordered_map<std::string, Maker> all;
@@ -55,7 +57,7 @@ class Tape {
     }
 
     template <typename R, typename... A, size_t... I>
-    static Call bound(R (*function)(A...), const pybind11::args& given, std::index_sequence<I...>) {
+    static Call bound(R (*function)(A...), const pybind11::tuple& given, std::index_sequence<I...>) {
         return [function, kept = std::tuple<std::decay_t<A>...>(given[I].cast<std::decay_t<A>>()...)]() -> int64_t {
             if constexpr (std::is_void_v<R>) {
                 std::apply(function, kept);

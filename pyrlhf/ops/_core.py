@@ -67,14 +67,12 @@ class _Recorded:
 
 def again(name: str, arguments: Arguments) -> None:
     """Repeat a call of the core; raises what `run_tape` raises."""
-    tape = module().Tape()
-    tape.add(name, *arguments)
-    run_tape(tape)
+    run_tape(module().tape([(name, arguments)]))
 
 
-def run_tape(tape: Any) -> None:
-    """Repeat the calls on a ``_C.Tape``. Raises MemoryError, or ValueError for logits that `sample` cannot draw from."""
-    failed: int = tape.run()
+def run_tape(tape: Callable[[], int]) -> None:
+    """Repeat the calls that ``_C.tape`` keeps. Raises MemoryError, or ValueError for logits that `sample` cannot draw from."""
+    failed = tape()
     if failed == -1:
         return
     if failed == -2:

@@ -56,14 +56,11 @@ class Program:
 def _on_tapes(calls: list[Call]) -> list[Call]:
     """The same calls, those of the core that follow one another made by one."""
     joined: list[Call] = []
-    for kind, group in itertools.groupby(calls, key=lambda call: call[0] is again):
-        if not kind:
+    for of_the_core, group in itertools.groupby(calls, key=lambda call: call[0] is again):
+        if of_the_core:
+            joined.append((run_tape, (module().tape([kept for _, kept in group]),)))
+        else:
             joined += group
-            continue
-        tape = module().Tape()
-        for _, (name, arguments) in group:
-            tape.add(name, *arguments)
-        joined.append((run_tape, (tape,)))
     return joined
 
 

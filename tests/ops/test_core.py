@@ -45,38 +45,38 @@ def test_philox_gives_the_published_answers(counter: list[int], key: list[int], 
 
 def test_a_tape_makes_its_calls_in_order_until_one_fails() -> None:
     x, y = torch.tensor([-1.0, 2.0]), torch.empty(4)
-    relu = (0, x.data_ptr(), y.data_ptr(), 0, KINDS.index("relu"), False, 1, 2, 1)
-    twice = (0, y.data_ptr(), y.data_ptr() + 8, 0, KINDS.index("relu"), False, 1, 2, 1)
-    tape = module().Tape()
-    run_tape(tape)
-    tape.add("activation", *relu)
-    tape.add("activation", *twice)
-    assert len(tape) == 2
+
+    def activation(kind: str, source: int, target: int) -> tuple[str, tuple[object, ...]]:
+        return "activation", (0, source, target, 0, KINDS.index(kind), False, 1, 2, 1)
+
+    twice = [activation("relu", x.data_ptr(), y.data_ptr()), activation("relu", y.data_ptr(), y.data_ptr() + 8)]
+    run_tape(module().tape([]))
+    tape = module().tape(twice)
     for values in ([-1.0, 2.0], [3.0, -4.0]):
         x.copy_(torch.tensor(values))
         run_tape(tape)
         assert y.tolist() == 2 * [max(0.0, v) for v in values]
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
     tokens, logprobs = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
-    tape.add("sampled_logprob", logits.data_ptr(), 0, tokens.data_ptr(), 2, 2, 2, 1.0, logprobs.data_ptr(), 1)
-    tape.add("activation", 0, x.data_ptr(), y.data_ptr(), 0, KINDS.index("silu"), False, 1, 2, 1)
+    fails = "sampled_logprob", (logits.data_ptr(), 0, tokens.data_ptr(), 2, 2, 2, 1.0, logprobs.data_ptr(), 1)
     with pytest.raises(ValueError, match="row 1 holds something else"):
-        run_tape(tape)
+        run_tape(module().tape([*twice, fails, activation("silu", x.data_ptr(), y.data_ptr())]))
     assert y.tolist() == [3.0, 0.0, 3.0, 0.0]
 
 
-def test_a_tape_takes_no_call_that_it_could_not_make() -> None:
-    tape = module().Tape()
-    for error, message, call in (
-        (KeyError, "no function gae can be kept", ("gae",)),
-        (KeyError, "no function nothing can be kept", ("nothing", 1)),
-        (TypeError, "expected 9 arguments, found 1", ("activation", 1)),
-        (RuntimeError, "cast", ("activation", "zero", *range(8))),
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (KeyError, "no call of gae can be kept", ("gae", ())),
+        (KeyError, "no call of nothing can be kept", ("nothing", (1,))),
+        (TypeError, "activation: expected 9 arguments, found 1", ("activation", (1,))),
+        (RuntimeError, "cast", ("activation", ("zero", *range(8)))),
         (TypeError, "incompatible", (1, 2)),
-    ):
-        with pytest.raises(error, match=message):
-            tape.add(*call)
-    assert len(tape) == 0
+    ],
+)
+def test_a_tape_takes_no_call_that_it_could_not_make(error: type[Exception], message: str, call: object) -> None:
+    with pytest.raises(error, match=message):
+        module().tape([call])
 
 
 def test_the_best_instruction_set_is_the_default_and_generic_is_always_there() -> None:
