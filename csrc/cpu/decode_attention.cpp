@@ -104,8 +104,9 @@ PYRLHF_INLINE void find_rows(const Item<T>& item, int64_t first, int64_t count, 
         rows[j] = item.cache.k + offsets[j];
         rows[count + j] = item.cache.v + offsets[j];
     }
-    const Item<T>& source = first + count < item.end ? item : next;
-    const int64_t follows = first + count < item.end ? first + count : next.first;
+    const bool last = first + count == item.end;
+    const Item<T>& source = last ? next : item;
+    const int64_t follows = last ? next.first : first + count;
     const int64_t there = least(ahead, source.end - follows);
     if (there > 0) find_tokens(source.cache, follows, there, offsets);
     for (int64_t j = 0; j < ahead; ++j)
@@ -133,7 +134,7 @@ PYRLHF_INLINE void ask(Fetch<T>& fetch, int64_t lines) {
 template <int H, typename T>
 PYRLHF_INLINE void score(const T* const* rows, int64_t count, int64_t offset, int64_t dim, const vi* q, int64_t q_row,
                          float factor, float* scores) {
-    const int64_t bytes = dim * static_cast<int64_t>(sizeof(T)), whole = bytes / static_cast<int64_t>(sizeof(vi));
+    const int64_t whole = dim / elements<T>;
     const T* row[together];
     for (int i = 0; i < together; ++i) row[i] = rows[least(i, count - 1)] + offset;
     vf sums[H][together] = {};

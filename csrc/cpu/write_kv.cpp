@@ -1,5 +1,4 @@
-// Stores new keys and values in the paged cache: row t of k and v goes to slot slots[t], a copy of whole rows. And
-// finds these slots.
+// Stores new keys and values in the paged cache: row t of k and v goes to slot slots[t], a copy of whole rows.
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,9 +30,14 @@ FAULTS = (
 )
 
 
-Arguments = tuple[Any, ...]
+class CoreCall(NamedTuple):
+    """A call of the core, for ``_C.tape`` to make again."""
 
-_tape: list[tuple[Callable[..., object], Arguments]] | None = None
+    name: str
+    arguments: tuple[Any, ...]
+
+
+_tape: list[Any] | None = None
 
 
 def core() -> Any:
@@ -41,8 +46,8 @@ def core() -> Any:
 
 
 @contextlib.contextmanager
-def recording(tape: list[tuple[Callable[..., object], Arguments]]) -> Iterator[None]:
-    """Append (`again`, (name, arguments)) of each call of the core to ``tape``. Calling them does the same to the same memory."""
+def recording(tape: list[Any]) -> Iterator[None]:
+    """Append each call of the core to ``tape``, a `CoreCall`. Making it again does the same to the same memory."""
     global _tape
     outer, _tape = _tape, tape
     try:
@@ -52,22 +57,17 @@ def recording(tape: list[tuple[Callable[..., object], Arguments]]) -> Iterator[N
 
 
 class _Recorded:
-    def __init__(self, core: Any, tape: list[tuple[Callable[..., object], Arguments]]) -> None:
+    def __init__(self, core: Any, tape: list[Any]) -> None:
         self._core, self._tape = core, tape
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._core, name)
 
         def call(*arguments: Any) -> Any:
-            self._tape.append((again, (name, arguments)))
+            self._tape.append(CoreCall(name, arguments))
             return function(*arguments)
 
         return call
-
-
-def again(name: str, arguments: Arguments) -> None:
-    """Repeat a call of the core; raises what `run_tape` raises."""
-    run_tape(module().tape([(name, arguments)]))
 
 
 def run_tape(tape: Callable[[], int]) -> None:

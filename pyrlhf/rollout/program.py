@@ -12,16 +12,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyrlhf.ops._core import Arguments, again, module, recording, run_tape
+from pyrlhf.ops._core import CoreCall, module, recording, run_tape
 
-Call = tuple[Callable[..., object], Arguments]
+Call = tuple[Callable[..., object], tuple[Any, ...]]
 Outputs = tuple[Tensor, ...]
 
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -40,7 +40,7 @@ class Program:
     """
 
     def __init__(self, step: Callable[[], Outputs]) -> None:
-        calls: list[Call] = []
+        calls: list[Call | CoreCall] = []
         self._alive: list[Tensor] = []  # everything whose address is in a call
         recorder = _Recorder(calls, self._alive)
         with recording(calls), recorder:
@@ -53,14 +53,14 @@ class Program:
         return self.output
 
 
-def _on_tapes(calls: list[Call]) -> list[Call]:
+def _on_tapes(calls: list[Call | CoreCall]) -> list[Call]:
     """The same calls, those of the core that follow one another made by one."""
     joined: list[Call] = []
-    for of_the_core, group in itertools.groupby(calls, key=lambda call: call[0] is again):
+    for of_the_core, group in itertools.groupby(calls, key=lambda call: isinstance(call, CoreCall)):
         if of_the_core:
-            joined.append((run_tape, (module().tape([kept for _, kept in group]),)))
+            joined.append((run_tape, (module().tape(list(group)),)))
         else:
-            joined += group
+            joined += cast("list[Call]", list(group))
     return joined
 
 
@@ -79,6 +79,8 @@ class Graph:
             then take memory of their own.
     """
 
+    bytes = 0  # beside the pool's
+
     def __init__(self, step: Callable[[], Outputs], pool: Any) -> None:
         aside = _aside(torch.cuda.current_device())
         aside.wait_stream(torch.cuda.current_stream())
@@ -96,7 +98,7 @@ class Graph:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, calls: list[Call], alive: list[Tensor]) -> None:
+    def __init__(self, calls: list[Call | CoreCall], alive: list[Tensor]) -> None:
         super().__init__()
         self._calls, self._alive = calls, alive
         self.bytes = 0
@@ -162,9 +164,8 @@ class DecodeProgram:
     ) -> None:
         self._filling, self._asked = filling, 0
         pairs = zip(inputs, filling, strict=True)
-        self._inputs = tuple(
-            x.new_full((rows, *x.shape[1:]), value) for x, value in pairs
-        )  # what is recorded reads these
+        # what is recorded reads these
+        self._inputs = tuple(x.new_full((rows, *x.shape[1:]), value) for x, value in pairs)
         self.taken(*inputs)
 
         def whole() -> Outputs:
@@ -174,10 +175,9 @@ class DecodeProgram:
         if inputs[0].is_cuda:
             with torch.cuda.device(inputs[0].device):
                 self._program = Graph(whole, pool)
-            self.bytes = 0
         else:
             self._program = Program(whole)
-            self.bytes = self._program.bytes
+        self.bytes = self._program.bytes
 
     def taken(self, *inputs: Tensor) -> Outputs:
         """Take over the inputs of the next step. What comes back are the tensors that the program reads, to be gone on with in their
