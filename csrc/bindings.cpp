@@ -67,6 +67,12 @@ bool decode_attention(address q, address k_cache, address v_cache, address page_
                                   at<int32_t>(seq_lens), at<void>(out), shape, static_cast<DType>(dtype), threads);
 }
 
+int64_t embed(address table, address ids, address added, address out, int dtype, int64_t rows, int64_t width,
+              int64_t count, int threads) {
+    return cpu().embed({at<void>(table), at<int64_t>(ids), at<void>(added), at<void>(out), static_cast<DType>(dtype)},
+                       rows, width, count, threads);
+}
+
 void gae(address rewards, address values, address cu_seqlens, address bootstrap, address advantages, address returns,
          int64_t sequences, float gamma, float lam, int threads) {
     cpu().gae(at<float>(rewards), at<float>(values), at<int32_t>(cu_seqlens), at<float>(bootstrap),
@@ -78,7 +84,7 @@ void layer_norm(address x, address residual, address weight, address bias, addre
     const std::unique_ptr<float[]> scratch = uninitialised(threads * size);
     cpu().layer_norm({at<void>(x), at<void>(residual), at<void>(weight), at<void>(bias), at<void>(out), at<void>(sum),
                       at<float>(mean), at<float>(rstd), scratch.get(), static_cast<DType>(dtype),
-                      static_cast<DType>(weight_dtype), rows, size, eps},
+                      static_cast<DType>(weight_dtype), rows, size, rows, 0, eps},
                      threads);
 }
 
@@ -118,11 +124,14 @@ void linear_logprob_backward(address hidden, address weight, address bias, addre
         at<void>(scratch), threads);
 }
 
-void note_draws(address drawn, address drawn_logprobs, int64_t rows, address last_tokens, address positions,
-                address columns, address places, address tokens, address logprobs) {
-    cpu().note_draws(at<int64_t>(drawn), at<float>(drawn_logprobs), rows,
-                     {at<int64_t>(last_tokens), at<int64_t>(positions), at<int64_t>(columns), at<int64_t>(places)},
-                     at<int64_t>(tokens), at<float>(logprobs));
+int64_t note_draws(address drawn, address drawn_logprobs, int64_t rows, address last_tokens, address positions,
+                   address columns, address places, address ends, int64_t ends_count, address tokens,
+                   address logprobs) {
+    const bool ended =
+        cpu().note_draws(at<int64_t>(drawn), at<float>(drawn_logprobs), rows,
+                         {at<int64_t>(last_tokens), at<int64_t>(positions), at<int64_t>(columns), at<int64_t>(places)},
+                         at<int64_t>(ends), ends_count, at<int64_t>(tokens), at<float>(logprobs));
+    return ended ? Tape::halt : Tape::done;
 }
 
 bool pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int64_t columns, address panels, int to,
@@ -161,12 +170,12 @@ void ranking_loss(address scores, address cu_groups, address ranks, int64_t grou
 }
 
 void rms_norm(address x, address residual, address weight, address out, address sum, address rstd, int dtype,
-              int weight_dtype, int64_t rows, int64_t size, float eps, int threads) {
+              int weight_dtype, int64_t rows, int64_t size, float eps, int64_t x_group, int64_t x_stride, int threads) {
     const std::unique_ptr<float[]> scratch = uninitialised(threads * size);
-    cpu().rms_norm(
-        {at<void>(x), at<void>(residual), at<void>(weight), nullptr, at<void>(out), at<void>(sum), nullptr,
-         at<float>(rstd), scratch.get(), static_cast<DType>(dtype), static_cast<DType>(weight_dtype), rows, size, eps},
-        threads);
+    cpu().rms_norm({at<void>(x), at<void>(residual), at<void>(weight), nullptr, at<void>(out), at<void>(sum), nullptr,
+                    at<float>(rstd), scratch.get(), static_cast<DType>(dtype), static_cast<DType>(weight_dtype), rows,
+                    size, x_group, x_stride, eps},
+                   threads);
 }
 
 void rms_norm_backward(address grad_out, address grad_sum, address summed, address weight, address rstd, address grad_x,
@@ -208,9 +217,9 @@ void transpose(address in, int dtype, int64_t rows, int64_t columns, int64_t row
 }
 
 void token_places(address page_table, int64_t max_pages, address positions, int64_t tokens, int64_t page_size,
-                  address slots, address seq_lens) {
+                  address slots, address seq_lens, address following) {
     cpu().token_places(at<int32_t>(page_table), max_pages, at<int64_t>(positions), tokens, page_size,
-                       at<int64_t>(slots), at<int32_t>(seq_lens));
+                       at<int64_t>(slots), at<int32_t>(seq_lens), at<int64_t>(following));
 }
 
 void write_kv(address k, address v, address k_cache, address v_cache, address slots, int64_t tokens, int64_t heads,
@@ -237,13 +246,14 @@ PYBIND11_MODULE(_C, m) {
     define("attention", &attention);
     m.def("attention_backward", &attention_backward, released);
     define("decode_attention", &decode_attention);
+    define("embed", &embed);
     m.def("gae", &gae, released);
     define("layer_norm", &layer_norm);
     m.def("layer_norm_backward", &layer_norm_backward, released);
     m.def("linear_logprob_scratch", &linear_logprob_scratch);
     m.def("linear_logprob", &linear_logprob, released);
     m.def("linear_logprob_backward", &linear_logprob_backward, released);
-    m.def("note_draws", &note_draws, released);
+    define("note_draws", &note_draws);
     m.def("pack_weight", &pack_weight, released);
     define("packed_linear", &packed_linear);
     m.def("ppo_loss", &ppo_loss, released);
@@ -261,13 +271,20 @@ PYBIND11_MODULE(_C, m) {
     cuda::bind(cuda_half);
 #endif
 
-    // A function, no class: pybind11 modules share their classes' memory, which each must have from the same allocator.
-    const auto keep = [released](const std::vector<std::pair<std::string, py::tuple>>& calls) {
-        return py::cpp_function([tape = Tape(calls)]() { return tape.run(); }, released);
+    // A capsule, no class: pybind11 modules share their classes' memory, which each must have from the same allocator.
+    const auto keep = [](const std::vector<std::pair<std::string, py::tuple>>& calls) {
+        return py::capsule(new Tape(calls), [](void* tape) { delete static_cast<Tape*>(tape); });
     };
-    m.def("tape", keep,
-          "calls, pairs of a function's name and its arguments, as a function that makes them again: it returns -1, or "
-          "of the first call that failed -2 (no memory) or the wrong row's number");
+    m.def("tape", keep, "keeps calls, pairs of a function's name and its arguments, for run_tapes");
+    const auto run = [](const std::vector<py::capsule>& tapes, int64_t times) {
+        std::vector<const Tape*> all;
+        for (const py::capsule& tape : tapes) all.push_back(tape.get_pointer<Tape>());
+        const py::gil_scoped_release released;
+        return Tape::run(all, times);
+    };
+    m.def("run_tapes", run,
+          "makes the calls of these tapes in order, the whole so many times or until one of them halts it: how many "
+          "times that was, and -1, or of the first call that failed -2 (no memory) or the wrong row's number");
 
     m.def("philox4x32", &philox, "Philox4x32-10 of a counter (4 words) and a key (2 words), for known-answer tests");
     m.def("isa", &isa, "the instruction set in use");

@@ -16,11 +16,12 @@ namespace pyrlhf {
 
 class Tape {
   public:
-    // How a call went: well, without the memory it needed, or else the number of the row that was wrong.
-    static constexpr int64_t done = -1, no_memory = -2;
+    // How a call went: well, without the memory it needed, well but the last of its kind, or else the number of the row
+    // that was wrong.
+    static constexpr int64_t done = -1, no_memory = -2, halt = -3;
 
     // From now on a tape can hold calls of this function. It returns nothing, whether it had the memory it needed, or
-    // the number of the first wrong row, -1 where there is none.
+    // how it went.
     template <typename R, typename... A>
     static void knows(const char* name, R (*function)(A...)) {
         makers()[name] = [=](const pybind11::tuple& given) {
@@ -40,11 +41,18 @@ class Tape {
         }
     }
 
-    // Makes the calls in order, up to the first that does not go well.
-    int64_t run() const {
-        for (const Call& call : calls_)
-            if (const int64_t outcome = call(); outcome != done) return outcome;
-        return done;
+    // Makes the calls of all tapes in order, the whole so many times: the rest of a round after a call that halts, no
+    // more after one that does not go well. How many rounds were made, and how the last call went.
+    static std::pair<int64_t, int64_t> run(const std::vector<const Tape*>& tapes, int64_t times) {
+        int64_t rounds = 0;
+        for (bool halted = false; rounds < times && !halted; ++rounds)
+            for (const Tape* tape : tapes)
+                for (const Call& call : tape->calls_) {
+                    const int64_t outcome = call();
+                    if (outcome != done && outcome != halt) return {rounds, outcome};
+                    halted = halted || outcome == halt;
+                }
+        return {rounds, done};
     }
 
   private:

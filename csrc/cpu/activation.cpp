@@ -10,12 +10,6 @@ namespace {
 constexpr int64_t chunk = 4096;          // elements of a row that one thread takes at a time
 constexpr int64_t worth_a_fork = 16384;  // elements
 
-// For core/activation.h.
-struct Math {
-    PYRLHF_INLINE vf sigmoid(vf z, vf& complement) { return PYRLHF_ISA::sigmoid(z, complement); }
-    PYRLHF_INLINE vf normal_cdf(vf x, vf& density) { return PYRLHF_ISA::normal_cdf(x, density); }
-};
-
 // run(row, first, length) for every stretch of at most `chunk` elements of a row.
 template <typename Run>
 PYRLHF_INLINE void for_stretches(int64_t rows, int64_t size, int threads, Run run) {
@@ -39,7 +33,7 @@ void forward(const ActivationArrays& a, int threads) {
         const T *const x = static_cast<const T*>(a.x) + i * a.size * (1 + gated) + first, *const up = x + a.size;
         T* const out = static_cast<T*>(a.out) + i * a.size + first;
         for_vectors(length, [=](int64_t j, auto lanes) PYRLHF_LAMBDA {
-            const vf value = value_and_slope<kind, Math>(load(x + j, lanes)).value;
+            const vf value = value_and_slope<kind, ActivationMath>(load(x + j, lanes)).value;
             if constexpr (gated)
                 write(out + j, value * load(up + j, lanes), lanes, streamed);
             else
@@ -57,7 +51,7 @@ void backward(const ActivationArrays& a, int threads) {
         T *const by_x = static_cast<T*>(a.out) + i * a.size * (1 + gated) + first, *const by_up = by_x + a.size;
         for_vectors(length, [=](int64_t j, auto lanes) PYRLHF_LAMBDA {
             const vf grad = load(grad_out + j, lanes);
-            const ValueAndSlope<vf> f = value_and_slope<kind, Math>(load(x + j, lanes));
+            const ValueAndSlope<vf> f = value_and_slope<kind, ActivationMath>(load(x + j, lanes));
             if constexpr (gated) {
                 write(by_x + j, grad * load(up + j, lanes) * f.slope, lanes, streamed);
                 write(by_up + j, grad * f.value, lanes, streamed);

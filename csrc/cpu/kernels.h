@@ -22,6 +22,7 @@
     KERNEL(decode_attention, bool, (const void* q, const void* k_cache, const void* v_cache,                           \
                                     const int32_t* page_table, const int32_t* seq_lens, void* out,                     \
                                     const DecodeShape& shape, DType dtype, int threads))                               \
+    KERNEL(embed, int64_t, (const EmbedArrays& arrays, int64_t rows, int64_t width, int64_t count, int threads))       \
     KERNEL(gae, void, (const float* rewards, const float* values, const int32_t* cu_seqlens, const float* bootstrap,   \
                        float* advantages, float* returns, int64_t sequences, float gamma, float lam, int threads))     \
     KERNEL(layer_norm, void, (const NormForward& arrays, int threads))                                                 \
@@ -31,8 +32,8 @@
                                   void* scratch, int threads))                                                         \
     KERNEL(linear_logprob_backward, void, (const LinearLogprobInputs& in, const LinearLogprobGradients& grads,         \
                                            void* scratch, int threads))                                                \
-    KERNEL(note_draws, void, (const int64_t* drawn, const float* drawn_logprobs, int64_t rows, const DecodeRows& live,    \
-                              int64_t* tokens, float* logprobs))                                                       \
+    KERNEL(note_draws, bool, (const int64_t* drawn, const float* drawn_logprobs, int64_t rows, const DecodeRows& live, \
+                              const int64_t* ends, int64_t ends_count, int64_t* tokens, float* logprobs))              \
     KERNEL(pack_weight, bool, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
                                void* panels, DType to, int threads))                                                   \
     KERNEL(packed_linear, void, (const PackedLinearArrays& arrays, const PackedLinearShape& shape,                     \
@@ -52,7 +53,8 @@
     KERNEL(sampled_logprob, int64_t, (const void* logits, DType dtype, const int64_t* tokens, float inverse_temperature, \
                                       int64_t rows, int64_t vocab, int64_t row_stride, float* logprobs, int threads))  \
     KERNEL(token_places, void, (const int32_t* page_table, int64_t max_pages, const int64_t* positions,                \
-                                int64_t tokens, int64_t page_size, int64_t* slots, int32_t* seq_lens))                 \
+                                int64_t tokens, int64_t page_size, int64_t* slots, int32_t* seq_lens,                  \
+                                int64_t* following))                                                                   \
     KERNEL(transpose, void, (const void* in, DType dtype, int64_t rows, int64_t columns, int64_t row_stride, void* out, \
                              float* sums, int threads))                                                                \
     KERNEL(write_kv, void, (const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots,          \
@@ -88,9 +90,19 @@ struct DecodeShape {
 };
 
 // The sequences of a decode step, [rows]: the last token of each, its position, how many were drawn before it, and its
-// place among all that is drawn.
+// place among all that is drawn. note_draws tells whether a draw is one of `ends`.
 struct DecodeRows {
     int64_t *tokens, *positions, *columns, *places;
+};
+
+// table [count, width], ids [rows] and added [rows, width] or null -> out [rows, width]. embed returns the first row
+// whose id is not in 0..count-1, and then has written nothing; -1 where there is none.
+struct EmbedArrays {
+    const void* table;
+    const int64_t* ids;
+    const void* added;
+    void* out;
+    DType dtype;
 };
 
 // Sizes of write_kv in bytes: k and v are [tokens, heads, dim_bytes] with these strides, a slot is [heads, dim_bytes].
@@ -145,13 +157,13 @@ struct PackedLinearShape {
 
 // Arrays of dtype [rows, size], parameters of weight_dtype [size] and statistics [rows] of rms_norm and layer_norm.
 // residual and sum (x + residual) are null together; bias and mean are layer_norm's alone. scratch is [threads,
-// size].
+// size]. rms_norm's x need not lie together: its rows do in groups of x_group, which begin x_stride elements apart.
 struct NormForward {
     const void *x, *residual, *weight, *bias;
     void *out, *sum;
     float *mean, *rstd, *scratch;
     DType dtype, weight_dtype;
-    int64_t rows, size;
+    int64_t rows, size, x_group, x_stride;
     float eps;
 };
 

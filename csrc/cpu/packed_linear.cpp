@@ -176,25 +176,19 @@ static void multiply_panel(float* sums, const Unit* x, int64_t x_stride, int64_t
     }
 }
 
-// --- Bias, activation, rounding ---
+// --- Bias, rounding, activation: what the activation op would make of the result ---
 
-template <Activation activation>
-PYRLHF_INLINE vf activated(vf y) {
-    vf other;
-    if constexpr (activation == Activation::gelu) return y * normal_cdf(y, other);
-    if constexpr (activation == Activation::gelu_new)  // (1 + tanh(u)) / 2 = sigmoid(2 u)
-        return y * sigmoid(y * (y * y * (0.044715f * 1.59576912161f) + 1.59576912161f), other);
-    if constexpr (activation == Activation::relu) return y < 0.0f ? vf{} : y;
-    if constexpr (activation == Activation::silu) return y * sigmoid(y, other);
-    return y;
-}
+PYRLHF_INLINE vf rounded(vf y, const float*) { return y; }
+PYRLHF_INLINE vf rounded(vf y, const bf16*) { return from_bf16(to_bf16(y)); }
 
 template <Activation activation, typename T>
 PYRLHF_INLINE void finish_as(const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
                              int64_t stride) {
     for (int64_t m = 0; m < rows; ++m, sums += panel_columns, y += stride)
         for (int64_t n = 0; n < columns; n += W) {
-            const vf out = activated<activation>(load(sums + n) + load(bias + n));
+            vf out = load(sums + n) + load(bias + n);
+            if constexpr (activation != Activation::none)
+                out = value_and_slope<activation, ActivationMath>(rounded(out, y)).value;
             if (n + W <= columns)
                 store(y + n, out, Whole{});
             else
@@ -205,12 +199,20 @@ PYRLHF_INLINE void finish_as(const float* sums, const float* bias, int64_t rows,
 template <typename T>
 static void finish(Activation activation, const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
                    int64_t stride) {
-    if (activation == Activation::gelu) return finish_as<Activation::gelu>(sums, bias, rows, columns, y, stride);
-    if (activation == Activation::gelu_new)
-        return finish_as<Activation::gelu_new>(sums, bias, rows, columns, y, stride);
-    if (activation == Activation::relu) return finish_as<Activation::relu>(sums, bias, rows, columns, y, stride);
-    if (activation == Activation::silu) return finish_as<Activation::silu>(sums, bias, rows, columns, y, stride);
-    finish_as<Activation::none>(sums, bias, rows, columns, y, stride);
+    switch (activation) {
+        case Activation::none:
+            return finish_as<Activation::none>(sums, bias, rows, columns, y, stride);
+        case Activation::gelu:
+            return finish_as<Activation::gelu>(sums, bias, rows, columns, y, stride);
+        case Activation::gelu_new:
+            return finish_as<Activation::gelu_new>(sums, bias, rows, columns, y, stride);
+        case Activation::quick_gelu:
+            return finish_as<Activation::quick_gelu>(sums, bias, rows, columns, y, stride);
+        case Activation::relu:
+            return finish_as<Activation::relu>(sums, bias, rows, columns, y, stride);
+        case Activation::silu:
+            return finish_as<Activation::silu>(sums, bias, rows, columns, y, stride);
+    }
 }
 
 // A row of x as units.

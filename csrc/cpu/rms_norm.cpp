@@ -6,12 +6,19 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
+// Row i of x.
+template <typename T>
+PYRLHF_INLINE const T* row_of_x(const NormForward& a, int64_t i) {
+    const int64_t group = i < a.x_group ? 0 : i / a.x_group;  // a division takes as long as a short row
+    return static_cast<const T*>(a.x) + group * a.x_stride + (i - group * a.x_group) * a.size;
+}
+
 template <typename T, typename P>
 void forward(const NormForward& a, int threads) {
     const P* const weight = static_cast<const P*>(a.weight);
     const bool streamed = streams<T>(a.out, a.rows, a.size) && streams<T>(a.sum, a.rows, a.size);
     for_rows(a.rows, a.size, a.scratch, threads, [=](int64_t i, float* held) PYRLHF_LAMBDA {
-        const T *const x = row_of<T>(a.x, i, a.size), *const residual = row_of<T>(a.residual, i, a.size);
+        const T *const x = row_of_x<T>(a, i), *const residual = row_of<T>(a.residual, i, a.size);
         T *const out = row_of<T>(a.out, i, a.size), *const sum = row_of<T>(a.sum, i, a.size);
         float squares;
         row_sums<1>(a.size, &squares, [&](int64_t j, auto lanes, vf* sums) PYRLHF_LAMBDA {

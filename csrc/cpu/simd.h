@@ -522,6 +522,12 @@ PYRLHF_INLINE vf normal_cdf(vf x, vf& density) {
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
+// For core/activation.h.
+struct ActivationMath {
+    PYRLHF_INLINE vf sigmoid(vf z, vf& complement) { return PYRLHF_ISA::sigmoid(z, complement); }
+    PYRLHF_INLINE vf normal_cdf(vf x, vf& density) { return PYRLHF_ISA::normal_cdf(x, density); }
+};
+
 // Sine and cosine to 0.51 ulp of a float: x = n pi / 2 + r and both Taylor series are in double. pi / 2 in three parts,
 // the first two of 22 bits, so that n times them is exact up to n = 2^31.
 PYRLHF_INLINE void sincos(vd x, vd& sine, vd& cosine) {

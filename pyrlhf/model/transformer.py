@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyrlhf import ops
 from pyrlhf.model.config import ModelConfig
+from pyrlhf.ops.decode_step import embed
 
 _PAGE = 64  # tokens of TokenwiseAttention's pages
 _ROWS = 1024  # tokens that it attends to together: what bounds its memory
@@ -200,12 +201,13 @@ class Linear(nn.Linear):
 
     packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return ops.linear(x, self.weight, self.bias)
-        if not torch.is_grad_enabled():  # while generating under ZeRO 3 there is no weight
-            return ops.packed_linear(x, self.packed, self.bias)
-        return ops.linear(x, self.weight, self.bias, packed=self.packed)
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """x @ weight.T + bias, and what ``ops.activation`` makes of that."""
+        if self.packed is None or torch.is_grad_enabled():
+            y = ops.linear(x, self.weight, self.bias, packed=self.packed)
+            return y if activation is None else ops.activation(y, activation)
+        # while generating under ZeRO 3 there is no weight
+        return ops.packed_linear(x, self.packed, self.bias, activation)
 
 
 class Rotary(nn.Module):
@@ -249,26 +251,35 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     return kept * frequencies + (1 - kept) * slowed
 
 
+class Table(nn.Embedding):
+    """An nn.Embedding, also to whatever looks for one, that looks up on one tape with a decode step's other calls."""
+
+    def forward(self, ids: Tensor, added: Tensor | None = None) -> Tensor:
+        """The rows of ids [T], plus added [T, W]."""
+        if not torch.is_grad_enabled():
+            return embed(self.weight, ids, added)
+        rows = super().forward(ids)
+        return rows if added is None else rows + added
+
+
 class Embedding(nn.Module):
     """Token embedding plus, where the config has them, position and token-type embeddings and their norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.tokens = nn.Embedding(config.vocab_size, width)
-        self.positions = nn.Embedding(config.max_positions, width) if config.positions == "learned" else None
-        self.types = nn.Embedding(config.token_types, width) if config.token_types else None
+        self.tokens = Table(config.vocab_size, width)
+        self.positions = Table(config.max_positions, width) if config.positions == "learned" else None
+        self.types = Table(config.token_types, width) if config.token_types else None
         self.norm = Norm(width, config.norm, config.norm_eps) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor, token_types: Tensor | None = None) -> Tensor:
         try:
-            x = self.tokens(tokens)
-            if self.positions is not None:
-                x = x + self.positions(positions)
+            x = self.tokens(tokens, None if self.positions is None else self.positions(positions))
         except IndexError:
             raise self._out_of_range(tokens, positions) from None
         if self.types is not None:
-            x = x + self.types(torch.zeros_like(tokens) if token_types is None else token_types)
+            x = self.types(torch.zeros_like(tokens) if token_types is None else token_types, x)
         return x if self.norm is None else self.norm(x)
 
     def _out_of_range(self, tokens: Tensor, positions: Tensor) -> ValueError:
@@ -323,6 +334,8 @@ class MLP(nn.Module):
         self.down = Linear(inner, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.gated and isinstance(self.up, Linear):  # no LoRA around it
+            return self.down(self.up(x, self.activation))
         return self.down(ops.activation(self.up(x), self.activation, gated=self.gated))
 
 

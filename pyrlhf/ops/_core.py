@@ -6,11 +6,13 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyrlhf.ops._memory import keep_freed_memory
 
 CORE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (*CORE_DTYPES, torch.float16)
@@ -70,11 +72,15 @@ class _Recorded:
         return call
 
 
-def run_tape(tape: Callable[[], int]) -> None:
-    """Repeat the calls that ``_C.tape`` keeps. Raises MemoryError, or ValueError for logits that `sample` cannot draw from."""
-    failed = tape()
+def run_tapes(tapes: Sequence[Any], times: int = 1) -> int:
+    """Make the calls that these ``_C.tape`` keep, in order, and all that again, up to so many times or until a call halts it.
+
+    Returns how often they were made. Raises MemoryError, or ValueError for logits that `sample` cannot draw from.
+    """
+    rounds: int
+    rounds, failed = module().run_tapes(tapes, times)
     if failed == -1:
-        return
+        return rounds
     if failed == -2:
         raise MemoryError("a kernel's scratch memory could not be allocated; free some memory")
     raise ValueError(
@@ -99,6 +105,7 @@ def module() -> Any:
     forced = os.environ.get("PYRLHF_ISA")
     if forced:
         _C.set_isa(forced)
+    keep_freed_memory()
     return _C
 
 

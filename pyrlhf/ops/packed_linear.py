@@ -15,11 +15,7 @@ from pyrlhf.ops._library import define
 from pyrlhf.ops._memory import streamed
 from pyrlhf.ops.activation import KINDS
 
-ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
-_CODES: dict[str | None, int] = {
-    None: -1,
-    **{name: KINDS.index(name) for name in ACTIVATIONS},
-}  # csrc/cpu/kernels.h: Activation
+_CODES: dict[str | None, int] = {None: -1, **{kind: i for i, kind in enumerate(KINDS)}}  # csrc/core/activation.h
 _COLUMNS = 64  # outputs a panel; csrc/cpu/kernels.h: panel_columns
 _ROWS = 32  # rows a GEMM of torch: always this many, because BLAS picks its order of summation by shape
 
@@ -78,7 +74,7 @@ def packed_linear_ref(
     y = x.to(packed.dtype).to(torch.float32) @ weight.to(torch.float32)
     if bias is not None:
         y = y + bias.to(torch.float32)
-    return _activated(y, activation).to(dtype or x.dtype)
+    return _activated(y, activation, dtype or x.dtype)
 
 
 def packed_linear(
@@ -92,7 +88,8 @@ def packed_linear(
     """``activation(x @ weight.T + bias)`` over a packed weight, for the few rows of a decode step. Not differentiable.
 
     x: ``[M, K]`` float32 or bfloat16 (float16 on CUDA), rounded to the packed dtype for the product; bias: ``[N]``, x's dtype
-    or float32; activation: None, "gelu" (exact), "gelu_new" (tanh), "silu" or "relu"; dtype of the result: float32 or x's (default).
+    or float32; activation: None or a kind of `activation`, which is given the rounded sums, as if it followed; dtype of the result:
+    float32 or x's (default).
 
     Returns ``[M, N]``; sums are float32. A row's bits do not depend on the other rows, nor on M.
     Raises ValueError or TypeError naming the argument.
@@ -112,8 +109,8 @@ def _check(x: object, packed: object, bias: object, activation: object, dtype: o
     assert isinstance(x, Tensor)
     if bias is not None:
         check_tensor(op, "bias", bias, shape=(packed.out_features,), dtype=(x.dtype, torch.float32), device=x.device)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be None or one of {', '.join(ACTIVATIONS)}, found {activation!r}")
+    if activation is not None and activation not in KINDS:
+        raise ValueError(f"{op}: activation must be None or one of {', '.join(KINDS)}, found {activation!r}")
     if dtype not in (None, x.dtype, torch.float32):
         raise TypeError(f"{op}: dtype must be None, x's ({x.dtype}) or torch.float32, found {dtype!r}")
 
@@ -153,14 +150,19 @@ def _unpacked(panels: Tensor, in_features: int, out_features: int) -> Tensor:
     return units.permute(1, 3, 0, 2).reshape(-1, units.shape[0] * _COLUMNS)[:in_features, :out_features]
 
 
-def _activated(y: Tensor, activation: str | None) -> Tensor:
+def _activated(y: Tensor, activation: str | None, dtype: torch.dtype) -> Tensor:
+    """Rounded to dtype, activated, rounded again."""
+    return _value(y.to(dtype).to(torch.float32), activation).to(dtype)
+
+
+def _value(y: Tensor, activation: str | None) -> Tensor:
     # From erf, tanh and exp on purpose: torch's own gelu and silu round some elements differently by their place in memory.
     if activation == "gelu":
         return 0.5 * y * (1.0 + torch.erf(y * math.sqrt(0.5)))
     if activation == "gelu_new":
         return 0.5 * y * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (y + 0.044715 * y * y * y)))
-    if activation == "silu":
-        return y / (1.0 + torch.exp(-y))
+    if activation in ("silu", "quick_gelu"):
+        return y / (1.0 + torch.exp(y * (-1.0 if activation == "silu" else -1.702)))
     return torch.relu(y) if activation == "relu" else y
 
 
@@ -196,7 +198,7 @@ def _blocks_of_rows(
     y = torch.cat(products)[:rows].to(torch.float32)
     if bias is not None:
         y = y + bias
-    return _activated(y, activation).to(dtype).contiguous()
+    return _activated(y, activation, dtype).contiguous()
 
 
 def _fake(

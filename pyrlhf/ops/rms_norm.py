@@ -75,17 +75,19 @@ def _forward_impl(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 def _forward_core(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, cpu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight = x.contiguous(), weight.contiguous()
+    rows_together = cpu and x.dim() == 3 and x.stride()[1:] == (x.shape[2], 1)  # heads of queries beside keys and values
+    x, weight = x if rows_together else x.contiguous(), weight.contiguous()
+    group, stride = (x.shape[1], x.stride(0)) if rows_together else (x.numel(), 0)
     residual = None if residual is None else residual.contiguous()
     # an op may not hand back its input: without a residual there is no sum to return
-    out, summed = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
+    out, summed = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     arguments = (
         address(x), address(residual), address(weight), address(out), 0 if residual is None else address(summed),
         address(rstd), CUDA_DTYPES.index(x.dtype), CUDA_DTYPES.index(weight.dtype), rstd.numel(), weight.numel(), eps,
     )  # fmt: skip
     if cpu:
-        core().rms_norm(*arguments, torch.get_num_threads())
+        core().rms_norm(*arguments, group, stride, torch.get_num_threads())
     else:
         cuda_core().rms_norm(*arguments, *queue(x))
     return out, summed, rstd

@@ -94,11 +94,14 @@ class PagedDecode:
         cache: where earlier tokens are, and where the new ones go.
         table: int32 [N, max_pages], the pages of each new token's sequence.
         positions: int64 [N], each new token's position. Several may be of one sequence.
+
+    Attributes:
+        following: int64 [N], the positions behind them.
     """
 
     def __init__(self, cache: PagedCache, table: Tensor, positions: Tensor) -> None:
         self._cache, self._table, self._positions = cache, table, positions
-        self._slots, self._seq_lens = token_places(table, positions, cache.pages.size)
+        self._slots, self._seq_lens, self.following = token_places(table, positions, cache.pages.size)
         self._plans: dict[int | None, DecodePlan] = {}  # layers with the same window look at the same places
 
     def __call__(
@@ -141,7 +144,7 @@ class PagedPrefill:
         self, cache: PagedCache, cu_seqlens: Tensor, table: Tensor, positions: Tensor, *, tokenwise: bool = False
     ) -> None:
         self._cache, self._cu_seqlens = cache, cu_seqlens
-        self._slots, _ = token_places(table, positions, cache.pages.size)
+        self._slots, *_ = token_places(table, positions, cache.pages.size)
         self._packed = 0 if tokenwise else int(cu_seqlens[-1])
         self._again = None
         if self._packed < len(positions):

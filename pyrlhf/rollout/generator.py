@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrlhf import ops
 from pyrlhf.ops._checks import values_readable
-from pyrlhf.ops._core import raise_faults, use_core, use_cuda_core
+from pyrlhf.ops._core import raise_faults, recording, use_core, use_cuda_core
 from pyrlhf.ops.decode_step import note_draws
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill, sent
 from pyrlhf.rollout.program import DecodeProgram
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _STEPS_ALIKE = 3  # decode steps in a row of one size, after which a step is recorded (CPU; on CUDA at once)
 _PROGRAMS = 8  # recorded steps that a call keeps (CPU; on CUDA there are few sizes, and all are kept)
 _KEPT = 1 << 30  # bytes of KV cache and recorded steps that a generator keeps between calls (CPU)
+_UNSEEN = 0.1  # seconds that steps may take during which Python hears of nothing, not of Ctrl-C either
 _LIBRARIES = 1 << 29  # bytes of a GPU for what libraries allocate at their first call, and for graphs
 
 
@@ -131,6 +132,7 @@ class Generator:
     def tokens(self, prompt: Sequence[int], sampling: Sampling, sample_id: int = 0) -> Iterator[int]:
         """The tokens of one response, each the moment it is drawn."""
         run = self._begin([prompt], sampling, 1, [sample_id])
+        run.watched = True
         told = 0
         for _ in self._steps(run):
             known = run.scheduler.drawn(run.samples[0]) - len(run.pending)
@@ -359,6 +361,8 @@ class _Run:
         self.seconds = {"prefill": 0.0, "decode": 0.0, "first_token": 0.0}
         self.prompt_tokens = 0
         self.rows = self.steps_alike = 0
+        self.watched = bool(sampling.stop_strings)  # every token is looked at before the next is drawn
+        self.pace = math.inf  # seconds of a step
         self.first_logits: dict[int, Tensor] = {}  # of held prompts, for their samples that still wait
 
     def start(self) -> None:
@@ -457,8 +461,9 @@ class _Run:
         self.first_logits = {p: row for p, row in self.first_logits.items() if p in held}
         new = self._rows(fresh, [-1] * len(fresh))
         self.live = self.live.join(new)
-        drawn = self._sample(logits, new.positions + 1, new.columns, new.ids)
-        self._advance(self.live.last(len(fresh)), fresh, *drawn)
+        tokens, logprobs = self._sample(logits, new.positions + 1, new.columns, new.ids)
+        ended = self._note(self.live.last(len(fresh)), tokens, logprobs)
+        self._advance(fresh, tokens, ended)
 
     def _resumed(self, samples: list[Sample]) -> _Live:
         rows = self._rows(samples, [s.drawn - 1 for s in samples])
@@ -488,7 +493,7 @@ class _Run:
     # -- decode -----------------------------------------------------------------------------------------------------------
 
     def decode(self) -> None:
-        """One more token for every live sequence."""
+        """One more token for every live sequence; or more at once, while nothing can happen but that a sequence ends."""
         begun = time.perf_counter()
         if self.scheduler.crowded:
             self._settle()  # nobody makes room for a sequence that has ended
@@ -500,12 +505,25 @@ class _Run:
         if growth:
             self._extend_tables(growth, live)
         if live:
-            tokens, logprobs = self._next()
-            self.scheduler.stepped()
-            self._advance(self.live, live, tokens, logprobs)
+            steps = self._draw(live)
+            self.pace = (time.perf_counter() - begun) / steps
         else:
             self._settle()
         self.seconds["decode"] += time.perf_counter() - begun
+
+    def _draw(self, live: list[Sample]) -> int:
+        """Step, until something has to be looked at. How often that was."""
+        tokens, logprobs = self._next()
+        noting: list[Any] = []
+        with recording(noting):
+            ended = self._note(self.live, tokens, logprobs)
+        steps, program = 1, self.programs.get(self.rows)
+        if program is not None and not (ended or self.watched):
+            unseen = min(self.scheduler.undisturbed() - 1, int(_UNSEEN / self.pace))
+            steps += program.repeat(noting, unseen) if unseen > 0 else 0
+        self.scheduler.stepped(steps)
+        self._advance(live, tokens, ended or steps > 1)
+        return steps
 
     def _keep_live(self, before: list[Sample]) -> None:
         """Drop the rows of those that were live before and are no longer."""
@@ -532,9 +550,9 @@ class _Run:
     def _step(
         self, tokens: Tensor, positions: Tensor, columns: Tensor, ids: Tensor, table: Tensor
     ) -> tuple[Tensor, ...]:
-        following = positions + 1  # here, before Python's memory has been driven from the caches by the weights
-        hidden = self.policy.decode(tokens, positions, PagedDecode(self.cache, table, positions))
-        return self._sample(self.policy.logits(hidden), following, columns, ids)
+        attend = PagedDecode(self.cache, table, positions)
+        hidden = self.policy.decode(tokens, positions, attend)
+        return self._sample(self.policy.logits(hidden), attend.following, columns, ids)
 
     def _sample(self, logits: Tensor, positions: Tensor, columns: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
         """The tokens at `positions`, the ones before them the `columns`-th drawn, and their log-probs. Logits are written to."""
@@ -561,19 +579,29 @@ class _Run:
         where = sent([(row[g.sequence], g.place, g.page) for g in growth], torch.int64, self.device)
         self.live.table[where[:, 0], where[:, 1]] = where[:, 2].int()
 
-    def _advance(self, rows: _Live, samples: list[Sample], tokens: Tensor, logprobs: Tensor) -> None:
-        """Note a token for these live rows, and let go of the sequences that are known to have ended."""
-        note_draws(
+    def _note(self, rows: _Live, tokens: Tensor, logprobs: Tensor) -> bool:
+        """Note a token for these live rows. Whether one of them may end its sequence."""
+        return note_draws(
             tokens,
             logprobs,
             last=rows.tokens,  # a bad row is decoded until it is known for one
             positions=rows.positions,
             columns=rows.columns,
             places=rows.places,
+            ends=self.ends,
             tokens=self.tokens,
             logprobs=self.logprobs,
         )
-        draw = self._told(list(samples), tokens)
+
+    def _advance(self, samples: list[Sample], tokens: Tensor, ended: bool) -> None:
+        """Let go of the sequences that are known to have ended.
+
+        Args:
+            samples: that have drawn.
+            tokens: what they have drawn last.
+            ended: whether one of these may end its sequence.
+        """
+        draw = self._told(list(samples), tokens, ended)
         self._settle()  # of what was drawn before
         draw.spent = self.scheduler.spent()
         self._retire({sample: sample.limit for sample in draw.spent})
@@ -581,10 +609,10 @@ class _Run:
         if not self.ahead:
             self._settle()
 
-    def _told(self, samples: list[Sample], tokens: Tensor) -> _Draw:
-        """Have the host told which of these tokens end their sequences."""
+    def _told(self, samples: list[Sample], tokens: Tensor, some: bool) -> _Draw:
+        """Have the host told which of these tokens end their sequences, if some may."""
         ended, done = None, None
-        if len(self.ends):
+        if some:
             ended = (tokens.unsqueeze(1) == self.ends).any(1)
         if tokens.is_cuda:
             bad = tokens < 0  # a row of bad logits, which the kernel has flagged

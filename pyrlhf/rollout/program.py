@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyrlhf.ops._core import CoreCall, module, recording, run_tape
+from pyrlhf.ops._core import CoreCall, module, recording, run_tapes
 
 Call = tuple[Callable[..., object], tuple[Any, ...]]
 Outputs = tuple[Tensor, ...]
@@ -52,13 +52,20 @@ class Program:
             function(*arguments)
         return self.output
 
+    def repeat(self, then: Sequence[CoreCall], times: int) -> int:
+        """Run, each time with the calls `then` after it, up to so many times or until one of those halts it. How often that was: never
+        if there is more in it than calls of the core, which alone need no Python."""
+        if len(self._calls) != 1 or self._calls[0][0] is not run_tapes:
+            return 0
+        return run_tapes([*self._calls[0][1][0], module().tape(then)], times)
+
 
 def _on_tapes(calls: list[Call | CoreCall]) -> list[Call]:
     """The same calls, those of the core that follow one another made by one."""
     joined: list[Call] = []
     for of_the_core, group in itertools.groupby(calls, key=lambda call: isinstance(call, CoreCall)):
         if of_the_core:
-            joined.append((run_tape, (module().tape(list(group)),)))
+            joined.append((run_tapes, ([module().tape(list(group))],)))
         else:
             joined += cast("list[Call]", list(group))
     return joined
@@ -95,6 +102,10 @@ class Graph:
     def run(self) -> Outputs:
         self._graph.replay()
         return self.output
+
+    def repeat(self, then: Sequence[CoreCall], times: int) -> int:
+        """Never: what is drawn is looked at in between."""
+        return 0
 
 
 class _Recorder(TorchDispatchMode):
@@ -162,10 +173,11 @@ class DecodeProgram:
         filling: Sequence[int],
         pool: Any = None,
     ) -> None:
-        self._filling, self._asked = filling, 0
+        self._filling = filling
         pairs = zip(inputs, filling, strict=True)
         # what is recorded reads these
         self._inputs = tuple(x.new_full((rows, *x.shape[1:]), value) for x, value in pairs)
+        self._asked = tuple(own[:0] for own in self._inputs)
         self.taken(*inputs)
 
         def whole() -> Outputs:
@@ -180,20 +192,30 @@ class DecodeProgram:
         self.bytes = self._program.bytes
 
     def taken(self, *inputs: Tensor) -> Outputs:
-        """Take over the inputs of the next step. What comes back are the tensors that the program reads, to be gone on with in their
-        place where it has as many rows: they need not be copied again."""
-        before, self._asked = self._asked, len(inputs[0])
-        whole = self._asked == len(self._inputs[0])
-        for own, new, value in zip(self._inputs, inputs, self._filling, strict=True):
-            if own is not new:
-                (own if whole else own[: self._asked]).copy_(new)
-            if self._asked < before:
-                own[self._asked : before].fill_(value)
-        return self._inputs if whole else inputs
+        """Take over the inputs of the next step. What comes back is the memory that the program reads, to be gone on with in their place:
+        they need not be copied again."""
+        before, rows = len(self._asked[0]), len(inputs[0])
+        if rows != before:
+            self._asked = tuple(own[:rows] for own in self._inputs)
+            for own, value in zip(self._inputs, self._filling, strict=True):
+                own[rows:before].fill_(value)
+        for asked, new in zip(self._asked, inputs, strict=True):
+            if asked is not new:
+                asked.copy_(new)
+        return self._asked
 
     def __call__(self) -> Outputs:
         """What the step gives for them. The next call, of this or of another program of the pool, writes into the same memory."""
-        return tuple(out[: self._asked] for out in self._program.run())
+        return self._of_those_asked(self._program.run())
+
+    def repeat(self, then: Sequence[CoreCall], times: int) -> int:
+        """The step again, up to so many times, each time with the calls `then` after it, which get its inputs ready for the next: until
+        one of them halts it. How often that was; where Python is needed for a step, never."""
+        return self._program.repeat(then, times)
+
+    def _of_those_asked(self, outputs: Outputs) -> Outputs:
+        rows = len(self._asked[0])
+        return tuple(out[:rows] for out in outputs)
 
 
 __all__ = ["DecodeProgram", "Graph", "Program"]

@@ -303,9 +303,13 @@ class Scheduler:
 
     # -- out --------------------------------------------------------------------------------------------------------------
 
-    def stepped(self) -> None:
-        """Every live sequence has drawn one more token."""
-        self.step += 1
+    def undisturbed(self) -> int:
+        """Steps, the present one among them, after which the next can begin without `grow`, and nothing was `spent` before the last."""
+        return min((*self._due, *self._limits), default=self.step) - self.step
+
+    def stepped(self, steps: int) -> None:
+        """Every live sequence has drawn so many more tokens: no more than it could `undisturbed`."""
+        self.step += steps
 
     def spent(self) -> list[Sequence]:
         """Live sequences that have just drawn as many tokens as they may. They are told once."""

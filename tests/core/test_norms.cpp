@@ -81,6 +81,8 @@ Found<T, P> run(const Batch<T, P>& b, int threads = 1) {
                                  dtype_of<P>,
                                  p.rows,
                                  p.size,
+                                 p.rows,
+                                 0,
                                  eps};
     (p.centered ? cpu().layer_norm : cpu().rms_norm)(forward, threads);
     const Buffer<float> blocks((p.rows + norm_block - 1) / norm_block * (p.centered ? 2 : 1) * p.size);

@@ -21,7 +21,7 @@ from pyrlhf.ops._core import (
     fault_flags,
     module,
     raise_faults,
-    run_tape,
+    run_tapes,
     use_core,
     use_cuda_core,
 )
@@ -50,18 +50,37 @@ def test_a_tape_makes_its_calls_in_order_until_one_fails() -> None:
         return "activation", (0, source, target, 0, KINDS.index(kind), False, 1, 2, 1)
 
     twice = [activation("relu", x.data_ptr(), y.data_ptr()), activation("relu", y.data_ptr(), y.data_ptr() + 8)]
-    run_tape(module().tape([]))
+    assert run_tapes([module().tape([])]) == 1
     tape = module().tape(twice)
     for values in ([-1.0, 2.0], [3.0, -4.0]):
         x.copy_(torch.tensor(values))
-        run_tape(tape)
+        assert run_tapes([tape]) == 1
         assert y.tolist() == 2 * [max(0.0, v) for v in values]
     logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
     tokens, logprobs = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
     fails = "sampled_logprob", (logits.data_ptr(), 0, tokens.data_ptr(), 2, 2, 2, 1.0, logprobs.data_ptr(), 1)
     with pytest.raises(ValueError, match="row 1 holds something else"):
-        run_tape(module().tape([*twice, fails, activation("silu", x.data_ptr(), y.data_ptr())]))
+        run_tapes([module().tape([*twice, fails, activation("silu", x.data_ptr(), y.data_ptr())])])
     assert y.tolist() == [3.0, 0.0, 3.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("times", "end", "rounds"), [(0, 8, 0), (1, 99, 1), (3, 8, 1), (3, 9, 2), (3, 10, 3), (3, 99, 3)]
+)
+def test_tapes_go_round_until_a_call_halts_them(times: int, end: int, rounds: int) -> None:
+    """8 is drawn, then 9, 10: each is the number behind the position that drawing the one before has led to."""
+    last, drawn, positions, columns, places, ends = (torch.tensor([x]) for x in (0, 8, 7, 0, -1, end))
+    tokens, logprobs, table = torch.zeros(3, dtype=torch.int64), torch.zeros(3), torch.zeros(1, dtype=torch.int32)
+    slots, seq_lens, logprob = torch.zeros_like(drawn), torch.zeros_like(table), torch.zeros(1)
+    rows = (drawn, logprob, 1, last, positions, columns, places, ends, 1, tokens, logprobs)
+    places_of = (table, 1, positions, 1, 64, slots, seq_lens, drawn)
+
+    def tape(name: str, arguments: tuple[object, ...]) -> object:
+        return module().tape([(name, tuple(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))])
+
+    assert run_tapes([tape("note_draws", rows), tape("token_places", places_of)], times) == rounds
+    assert tokens.tolist() == [8, 9, 10][:rounds] + [0] * (3 - rounds)
+    assert drawn.item() == 8 + rounds  # a round is made to its end
 
 
 @pytest.mark.parametrize(

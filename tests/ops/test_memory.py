@@ -1,9 +1,12 @@
-"""streamed: memory on huge pages is a tensor like any other."""
+"""streamed: memory on huge pages is a tensor like any other. Freed memory is used again."""
 
 from __future__ import annotations
 
 import gc
 import mmap
+import os
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -107,3 +110,21 @@ def test_memory_goes_back_with_its_tensor():
     grown, returned = (float(x) for x in line.split())
     assert grown < 64, "MiB: 20 times 64 would have stayed"
     assert returned > 32, "MiB: the last 64 are gone"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have their own ways")
+@pytest.mark.parametrize(("chosen", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_used_again_unless_the_user_has_chosen(chosen, kept):
+    """A second tensor of 24 MiB meets no page that is new to the process."""
+    code = """
+import resource, torch
+from pyrlhf.ops._core import core
+core()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.empty(24 << 20, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    settings = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings | chosen)
+    assert (int(run.stdout) < 100) == kept, run.stderr

@@ -13,12 +13,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrlhf.ops import PackedWeight, pack_weight, packed_linear, packed_linear_ref
+from pyrlhf.ops import activation as activated
 from pyrlhf.ops._core import core
+
+
+def quick_gelu(y: Tensor) -> Tensor:
+    """As torch does the others: bfloat16 by way of float32."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    return (wide * torch.sigmoid(1.702 * wide)).to(y.dtype)
+
 
 ACTIVATIONS = {
     None: lambda y: y,
     "gelu": functional.gelu,
     "gelu_new": lambda y: functional.gelu(y, approximate="tanh"),
+    "quick_gelu": quick_gelu,
     "silu": functional.silu,
     "relu": functional.relu,
 }
@@ -35,7 +44,7 @@ def inputs(rows: int, features: int, out: int, dtype: torch.dtype = torch.float3
 def exact(
     x: Tensor, weight: Tensor, packed: torch.dtype, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """By the contract, in float64: x and weight are rounded to the packed dtype, nothing else is."""
+    """In float64, but for x and weight, which are rounded to the packed dtype."""
     y = x.to(packed).double() @ weight.to(packed).double().T
     return ACTIVATIONS[activation](y if bias is None else y + bias.double())
 
@@ -107,13 +116,27 @@ def test_a_float32_result_of_bfloat16_is_rounded_less(isa, poison, backend, pack
         x, weight, bias = inputs(rows, features, out, torch.bfloat16)
         packed = pack_weight(weight, packed_dtype)
         for b in (bias, bias.float(), None):
-            wide = packed_linear(x, packed, b, "gelu_new", dtype=torch.float32)
-            assert wide.dtype == torch.float32
-            assert torch.equal(wide, packed_linear(x.float(), packed, None if b is None else b.float(), "gelu_new"))
-            narrow = packed_linear(x, packed, b, "gelu_new", dtype=torch.bfloat16)
-            assert torch.equal(narrow, packed_linear(x, packed, b, "gelu_new"))
+            for activation in ("gelu_new", None):
+                wide = packed_linear(x, packed, b, activation, dtype=torch.float32)
+                assert wide.dtype == torch.float32
+                as_wide = packed_linear(x.float(), packed, None if b is None else b.float(), activation)
+                assert torch.equal(wide, as_wide)
+                narrow = packed_linear(x, packed, b, activation, dtype=torch.bfloat16)
+                assert torch.equal(narrow, packed_linear(x, packed, b, activation))
             if packed_dtype == torch.float32 or backend == "auto":  # torch's own GEMM rounds in another place
                 assert torch.equal(narrow, wide.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ACTIVATIONS if kind])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_activation_is_the_op_that_would_follow(isa, poison, dtype, kind):
+    """Bit for bit, and so of the rounded sums."""
+    for shape in SHAPES:
+        x, weight, bias = inputs(*shape, dtype)
+        packed = pack_weight(weight * 4, dtype)
+        for wanted in {dtype, torch.float32}:
+            plain = packed_linear(x, packed, bias, dtype=wanted)
+            assert torch.equal(packed_linear(x, packed, bias, kind, dtype=wanted), activated(plain, kind))
 
 
 @settings(max_examples=150, deadline=None)
@@ -131,10 +154,11 @@ def test_any_shape(rows, features, out, dtype, packed_dtype, bias, activation, i
     x, weight, b = inputs(rows, features, out, dtype)
     b = b if bias else None
     with running_on(isa):
-        y = packed_linear(x, pack_weight(weight, packed_dtype), b, activation)
+        packed = pack_weight(weight, packed_dtype)
+        plain, y = packed_linear(x, packed, b), packed_linear(x, packed, b, activation)
     tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
-    truth = exact(x, weight, packed_dtype, b, activation)
-    torch.testing.assert_close(y.double(), truth, rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(plain.double(), exact(x, weight, packed_dtype, b), rtol=tolerance, atol=1e-5)
+    torch.testing.assert_close(y.double(), ACTIVATIONS[activation](plain.double()), rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,7 +181,9 @@ def test_an_activation_over_the_whole_line(isa, activation, assert_as_good_as):
             sign * torch.tensor([0.0, 1e-38, 1e-30, 1e-10, 30.0, 90.0, 1e4, 1e20, 3e38, torch.inf, torch.nan])[:, None]
         )
         found = packed_linear(far, one, None, activation)
-        torch.testing.assert_close(found, act(far.double()).float(), rtol=1e-6, atol=1e-30, equal_nan=True)
+        # e^z of a z = 1.702 * 30 that is rounded to 2^-24 of itself
+        relative = 51 * 2**-24 if activation == "quick_gelu" else 1e-6
+        torch.testing.assert_close(found, act(far.double()).float(), rtol=relative, atol=1e-30, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -177,6 +177,19 @@ def test_non_contiguous():
     assert torch.equal(ours(x[:, ::2], weight[::2]), ours(x[:, ::2].contiguous(), weight[::2].contiguous()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(0, 2, 8), (1, 3, 16), (5, 4, 33), (700, 2, 64)])
+def test_heads_among_others_have_the_bits_of_heads_alone(isa, poison, values_and_grads, tokens, heads, dim, dtype):
+    """Queries in the middle of what a fused projection gives are read where they lie; what surrounds them is not."""
+    wide, weight = torch.full((tokens, heads + 3, dim), torch.nan, dtype=dtype), torch.randn(dim, dtype=dtype)
+    wide[:, 2 : 2 + heads] = torch.randn(tokens, heads, dim)
+    among = values_and_grads(lambda x, w: ours(x[:, 2 : 2 + heads], w), [wide, weight])
+    alone = values_and_grads(lambda x, w: ours(x[:, 2 : 2 + heads].contiguous(), w), [wide, weight])
+    assert all(torch.equal(a, b) for a, b in zip(among, alone, strict=True))
+    assert not among[0].isnan().any()
+    assert ours(wide[:, 2 : 2 + heads], weight).is_contiguous()
+
+
 def test_torch_library(values_and_grads):
     for residual in (False, True):
         x, weight, *rest = (t.requires_grad_() for t in inputs((4, 8), residual))

@@ -106,6 +106,79 @@ def test_generation_by_recorded_steps_is_the_same(
     assert torch.equal(recorded.logprobs, plain.logprobs)
 
 
+@pytest.fixture
+def stretches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps followed one another without Python, each time that was asked for."""
+    steps: list[int] = []
+
+    class Counted(DecodeProgram):
+        def repeat(self, *args: Any) -> int:
+            steps.append(super().repeat(*args))
+            return steps[-1]
+
+    monkeypatch.setattr(generator, "DecodeProgram", Counted)
+    monkeypatch.setattr(generator, "_UNSEEN", 60.0)
+    return steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", list(CONFIGS))
+def test_steps_follow_one_another_without_python_until_something_happens(
+    kind: str, dtype: torch.dtype, stretches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the next page, to the limit of a sequence, to an end of text: and all is as it was step by step."""
+    policy, prompts = model(kind, dtype), [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [11, 12]]
+    sampling = Sampling(max_new_tokens=40, seed=1, eos_id=-1)
+    out = Generator(policy, page_size=64).generate(prompts, sampling)
+    assert stretches == [36]  # the first is the prefill's, three make a recording
+    assert out.timings.steps == 39
+    for how in ({"eos_id": -1}, {"eos_id": out.response(0)[17]}, {"eos_id": -1, "stop_ids": (out.response(2)[30],)}):
+        for pages in ({"page_size": 64}, {"page_size": 4}, {"page_size": 4, "pages": 30, "max_batch": 3}):
+            with monkeypatch.context() as patched:
+                patched.setattr(generator, "_UNSEEN", 0.0)
+                expected = Generator(policy, **pages).generate(prompts, replace(sampling, **how))
+            stretches.clear()
+            found = Generator(policy, **pages).generate(prompts, replace(sampling, **how))
+            assert sum(stretches) > 0
+            assert found.tokens.tolist() == expected.tokens.tolist()
+            assert torch.equal(found.logprobs, expected.logprobs)
+            assert found.finish == expected.finish
+            assert found.timings.steps == expected.timings.steps
+
+
+def test_stretches_are_short(stretches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python hears of Ctrl-C, a progress bar moves: no more steps in a row than take some time."""
+    monkeypatch.setattr(generator, "_UNSEEN", 0.1)
+    monkeypatch.setattr(generator._Run, "pace", property(lambda run: 0.02, lambda run, seconds: None), raising=False)
+    one = Sampling(max_new_tokens=40, seed=1, eos_id=-1)
+    Generator(model("gpt2", torch.float32), page_size=64).generate([[1]], one)
+    assert stretches == [5] * 6
+
+
+def test_what_needs_python_between_two_tokens_has_it(stretches: list[int]) -> None:
+    policy, sampling = model("gpt2", torch.float32), Sampling(max_new_tokens=24, seed=1, eos_id=-1)
+    letters = type("Letters", (), {"decode": staticmethod(lambda ids: "".join(chr(97 + i) for i in ids))})()
+    Generator(policy, tokenizer=letters).generate([[1]], replace(sampling, stop_strings=("never here",)))
+    assert len(list(Generator(policy).tokens([1], sampling))) == 24
+    assert stretches == []
+    Generator(policy).generate([[1]], replace(sampling, banned_ids=(3,)))  # torch writes to the logits
+    assert set(stretches) == {0}
+
+
+def test_a_bad_row_in_the_middle_of_a_stretch_is_told(stretches: list[int]) -> None:
+    """One position's embedding is so large that its square is infinite."""
+    policy = model("gpt1", torch.float32)
+    positions = policy.trunk.embed.positions
+    assert positions is not None
+    with torch.no_grad():
+        positions.weight[20] = 1e30
+    with pytest.raises(ValueError, match="sample: logits must be finite"):
+        Generator(policy).generate([[1], [2]], Sampling(max_new_tokens=40, seed=1, eos_id=-1))
+    assert sum(stretches) == 0  # it was in the only one
+    Generator(policy).generate([[1], [2]], Sampling(max_new_tokens=20, seed=1, eos_id=-1))
+    assert sum(stretches) == 16
+
+
 def test_a_program_of_more_rows_serves_fewer(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     policy, prompts = model("llama", torch.float32), [[i, i + 1] for i in range(9)]
     sampling = Sampling(max_new_tokens=20, seed=1, eos_id=-1)

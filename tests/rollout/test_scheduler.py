@@ -30,8 +30,11 @@ class Cache:
         return self.stored.get((sequence.pages[position // self.size], position % self.size))
 
 
-def run(scheduler: Scheduler, ends: dict[int, int], lag: bool = False) -> list[int]:
-    """Decode as the generator does, checking at each step that every live sequence finds its own tokens; the order of ends."""
+def run(scheduler: Scheduler, ends: dict[int, int], lag: bool = False, stretches: bool = False) -> list[int]:
+    """Decode as the generator does, checking at each step that every live sequence finds its own tokens; the order of ends.
+
+    With `stretches`, as many steps at once as nobody ends in before the last and the scheduler has nothing to say about.
+    """
     cache, finished, settling = Cache(scheduler.pages.size), [], False
 
     def token(sequence: Sequence, position: int) -> tuple[str, int, int]:
@@ -80,15 +83,18 @@ def run(scheduler: Scheduler, ends: dict[int, int], lag: bool = False) -> list[i
             if growth.copy_of is not None:
                 cache.copy(growth.copy_of, growth.page)
         check_pages()
-        for s in scheduler.live:
-            new = s.prompt_length + scheduler.drawn(s) - 1
-            assert not scheduler.pages.shared(s.pages[new // cache.size])
-            cache.store(s, new, token(s, new))
-        for s in scheduler.live:
-            for position in range(s.prompt_length + scheduler.drawn(s)):
-                assert cache.read(s, position) == token(s, position)
         assert len(scheduler.live) <= scheduler.max_batch
-        scheduler.stepped()
+        left = [ends[s.index] - scheduler.drawn(s) for s in scheduler.live]
+        steps = max(1, min([scheduler.undisturbed(), *left])) if stretches and scheduler.live else 1
+        for ahead in range(steps):
+            for s in scheduler.live:
+                new = s.prompt_length + scheduler.drawn(s) + ahead - 1
+                assert not scheduler.pages.shared(s.pages[new // cache.size])
+                cache.store(s, new, token(s, new))
+        for s in scheduler.live:
+            for position in range(s.prompt_length + scheduler.drawn(s) + steps - 1):
+                assert cache.read(s, position) == token(s, position)
+        scheduler.stepped(steps)
         settling = False
         finish()
     return finished
@@ -109,7 +115,8 @@ def test_every_sequence_ends_and_no_page_is_lost(data: st.DataObject) -> None:
     pages = Pages(data.draw(st.integers(least, least * 4), "pages"), size)
     max_batch, prefill = data.draw(st.integers(1, 8), "max_batch"), data.draw(st.integers(1, 40), "prefill_tokens")
     scheduler = Scheduler(pages, sequences, max_batch, prefill)
-    finished = run(scheduler, ends, data.draw(st.booleans(), "known one step late"))
+    lag, stretches = data.draw(st.booleans(), "known one step late"), data.draw(st.booleans(), "stretches")
+    finished = run(scheduler, ends, lag, stretches)
     assert sorted(finished) == list(range(len(sequences)))
     assert all(s.drawn == ends[s.index] for s in sequences)
     assert pages.free == pages.count
@@ -141,7 +148,7 @@ def test_the_youngest_makes_room_and_returns_first() -> None:
     while scheduler.live:
         scheduler.grow()
         order.append([s.index for s in scheduler.live])
-        scheduler.stepped()
+        scheduler.stepped(1)
         scheduler.finish(dict.fromkeys(scheduler.spent(), 9))
         scheduler.admit()
     assert scheduler.preemptions > 0
