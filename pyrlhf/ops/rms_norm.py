@@ -75,7 +75,8 @@ def _forward_impl(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 def _forward_core(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, cpu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows_together = cpu and x.dim() == 3 and x.stride()[1:] == (x.shape[2], 1)  # heads of queries beside keys and values
+    # heads of queries, say, beside keys and values
+    rows_together = cpu and x.dim() == 3 and x.stride()[1:] == (x.shape[2], 1)
     x, weight = x if rows_together else x.contiguous(), weight.contiguous()
     group, stride = (x.shape[1], x.stride(0)) if rows_together else (x.numel(), 0)
     residual = None if residual is None else residual.contiguous()

@@ -115,12 +115,12 @@ def test_memory_goes_back_with_its_tensor():
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have their own ways")
 @pytest.mark.parametrize(("chosen", "kept"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False)])
 def test_freed_memory_is_used_again_unless_the_user_has_chosen(chosen, kept):
-    """A second tensor of 24 MiB meets no page that is new to the process."""
+    """After a few tensors of 24 MiB (of which each wants a little more than the last has left) none meets a new page any more."""
     code = """
 import resource, torch
 from pyrlhf.ops._core import core
 core()
-for _ in range(3):
+for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.empty(24 << 20, dtype=torch.uint8).fill_(1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
