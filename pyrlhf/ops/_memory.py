@@ -32,9 +32,10 @@ def streamed(shape: Sequence[int], dtype: torch.dtype, device: torch.device | st
 def keep_freed_memory() -> None:
     """Have glibc keep freed blocks of up to 32 MiB for the next tensors, where it would give them back to the system at once.
 
-    Memory that is new to the process is slow to touch: page faults were half the time of a prefill's activations, and a twentieth of
-    a training step's. glibc goes by the largest mapped block freed so far (mallopt(3), M_MMAP_THRESHOLD), unless the user has
-    chosen; so one is freed here that was never touched. Other allocators do as they did.
+    Memory that is new to the process is slow to touch: page faults were half the time of a prefill's activations, and up to a
+    twentieth of a training step's, for which a process is now up to a twentieth larger. glibc goes by the largest mapped block that
+    was freed so far (mallopt(3), M_MMAP_THRESHOLD) unless the user has chosen; so one is freed here that was never touched. Other
+    allocators do as they did.
     """
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
