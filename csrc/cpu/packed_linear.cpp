@@ -3,9 +3,11 @@
 //
 // A panel holds 64 outputs: for each unit of k (a float, or a pair of bfloat16 that are neighbours in k) 64 units, one
 // an output; zeros fill the last panel and an odd k. Every instruction set reads this one layout. Threads share out the
-// panels. Within a panel, k goes in blocks that stay in the first-level cache while all rows of x pass over them, and
-// the same passes ask for the next block: the memory works while the core multiplies. Each output is one chain of
-// additions in the order of k (tile.h), whatever the rows beside it, the blocks and the threads.
+// panels, or many rows. Within a panel, k goes in blocks that stay in the first-level cache while all rows of x pass
+// over them, and the same passes ask for the next block: the memory works while the core multiplies. Each output is one
+// chain of additions in the order of k (tile.h), whatever the rows beside it, the blocks and the threads.
+#include <omp.h>
+
 #include "cpu/kernels.h"
 #include "cpu/sizes.h"
 
@@ -16,6 +18,7 @@ namespace {
 constexpr int64_t block_rows = 64;        // of x, whose sums lie in the first-level cache
 constexpr int64_t block_units = 32;       // of k: 8 KB of a panel
 constexpr int64_t group_bytes = 1 << 19;  // of x
+constexpr int64_t own_rows = 128;         // enough for a thread to have rows of its own
 constexpr int64_t line = 64;              // bytes
 constexpr int64_t worth_a_fork = 2048;    // units of a panel, times rows, a thread; below, meeting takes longer
 constexpr int64_t unit_bytes = 4 * panel_columns;  // of a panel, one unit of k
@@ -229,16 +232,45 @@ PYRLHF_INLINE void bias_of_panel(const PackedLinearArrays& in, int64_t first, in
                                                    : static_cast<const float*>(in.bias)[first + n];
 }
 
+// multiply(panel, first row, rows) for each panel and at most block_rows rows at a time, by all threads of a region.
+// `group` rows pass over all panels before the next ones do.
+
+// Each thread has rows of its own. It has mostly written them itself, as other ops share rows out in the same way: what
+// another core has written is slow to read.
+template <typename Multiply>
+PYRLHF_INLINE void share_rows(int64_t rows, int64_t panels, int64_t group, Multiply multiply) {
+    const int64_t each = round_up(divide_up(rows, omp_get_num_threads()), tile_rows);
+    const int64_t first = each * omp_get_thread_num(), last = least(first + each, rows);
+    for (int64_t from = first; from < last; from += group) {
+        const int64_t end = least(from + group, last);
+        for (int64_t panel = 0; panel < panels; ++panel)
+            for (int64_t m = from; m < end; m += block_rows) multiply(panel, m, least(end - m, block_rows));
+    }
+}
+
+// Each thread has panels of its own; where there are fewer panels than threads, fewer rows of one.
+template <typename Multiply>
+PYRLHF_INLINE void share_panels(int64_t rows, int64_t panels, int64_t group, Multiply multiply) {
+    const int64_t share = divide_up(rows * panels, omp_get_num_threads());
+    const int64_t item_rows = least(block_rows, round_up(most(1, share), tile_rows));
+    for (int64_t from = 0; from < rows; from += group) {
+        const int64_t end = least(from + group, rows), blocks = divide_up(end - from, item_rows);
+#pragma omp for schedule(static) nowait
+        for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
+            const int64_t m = from + item % blocks * item_rows;
+            multiply(item / blocks, m, least(end - m, item_rows));
+        }
+    }
+}
+
 template <typename Unit, typename T>
 static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape, Activation activation, int threads) {
     const int64_t depth = divide_up(shape.in_features, elements_in<Unit>);
     const int64_t panels = divide_up(shape.out_features, panel_columns);
-    // Rows that pass over all panels before the next ones do: few enough for the second-level cache to hold them.
+    // Few enough for the second-level cache to hold them.
     const int64_t group = most(1, group_bytes / (4 * block_rows * most(depth, 1))) * block_rows;
     const Unit* const x = static_cast<const Unit*>(in.units ? in.units : in.x);
     T* const y = static_cast<T*>(in.y);
-    // Where there are fewer panels than threads, each thread takes fewer rows of one: no bit depends on that.
-    const int64_t item_rows = least(block_rows, round_up(most(1, divide_up(shape.rows * panels, threads)), tile_rows));
     const bool alone = panels * depth * (shape.rows + 8) < worth_a_fork * threads;
 #pragma omp parallel num_threads(alone ? 1 : threads)
     {
@@ -258,20 +290,18 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
         for (int64_t at = 0; at < x_bytes && x_bytes <= group_bytes; at += line)
             __builtin_prefetch(reinterpret_cast<const char*>(x) + at, 0, 2);
         float sums[block_rows * panel_columns], bias[panel_columns];
-        for (int64_t from = 0; from < shape.rows; from += group) {
-            const int64_t blocks = divide_up(least(shape.rows - from, group), item_rows);
-#pragma omp for schedule(static) nowait
-            for (int64_t item = 0; item < panels * blocks; ++item) {  // a panel's blocks of rows one after the other
-                const int64_t first = item / blocks * panel_columns, m = from + item % blocks * item_rows;
-                const int64_t columns = least(shape.out_features - first, panel_columns);
-                const int64_t rows = least(least(shape.rows, from + group) - m, item_rows);
-                memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
-                multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
-                               depth);
-                bias_of_panel(in, first, columns, bias);
-                finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
-            }
-        }
+        const auto multiply = [&](int64_t panel, int64_t m, int64_t rows) PYRLHF_LAMBDA {
+            const int64_t first = panel * panel_columns, columns = least(shape.out_features - first, panel_columns);
+            memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
+            multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
+                           depth);
+            bias_of_panel(in, first, columns, bias);
+            finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
+        };
+        if (shape.rows >= own_rows * omp_get_num_threads())
+            share_rows(shape.rows, panels, group, multiply);
+        else
+            share_panels(shape.rows, panels, group, multiply);
     }
 }
 

@@ -368,7 +368,7 @@ def test_bits_do_not_depend_on_other_rows(dtype, activation, backend, monkeypatc
 
 @pytest.mark.parametrize("packed_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "features", "out"), [(1, 1023, 1031), (33, 513, 700), (130, 257, 65)])
+@pytest.mark.parametrize(("rows", "features", "out"), [(1, 1023, 1031), (33, 513, 700), (130, 257, 65), (515, 65, 130)])
 def test_bits_do_not_depend_on_threads(isa, rows, features, out, dtype, packed_dtype, same_bits_for_any_threads):
     x, weight, bias = inputs(rows, features, out, dtype)
 
