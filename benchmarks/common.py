@@ -30,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyrlhf.engine import keep_freed_memory
 from pyrlhf.model import CausalLM, ModelConfig, ScalarModel
 from pyrlhf.ops import linear
 from pyrlhf.ops._core import core
+from pyrlhf.ops._memory import keep_freed_memory
 
 _Model = TypeVar("_Model", CausalLM, ScalarModel)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,6 @@ from pyrlhf.engine.zero import (
     World,
     ZeroEngine,
     init_world,
-    keep_freed_memory,
 )
 
 __all__ = [
@@ -25,5 +24,4 @@ __all__ = [
     "World",
     "ZeroEngine",
     "init_world",
-    "keep_freed_memory",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import gc
 import io
@@ -31,6 +30,7 @@ from torch import nn
 from pyrlhf.engine import checkpoint
 from pyrlhf.model.transformer import Transformer
 from pyrlhf.ops._core import raise_faults
+from pyrlhf.ops._memory import keep_freed_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -223,19 +223,6 @@ def init_world(config: EngineConfig, *, log: Path | None = None) -> World:
         _init_process_group("nccl" if device_type == "cuda" else "gloo", rank, size)
     return World(rank, local_rank, size, device)
 
-
-def keep_freed_memory() -> None:
-    """Keep memory that tensors free for the next ones instead of giving it back to the system (glibc; a no-op elsewhere).
-
-    Given back, every temporary of a few megabytes costs a page fault for each 4 KiB again: more than many kernels take.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyrlhf.ops._memory import keep_freed_memory
-
 CORE_DTYPES = (torch.float32, torch.bfloat16)
 CUDA_DTYPES = (*CORE_DTYPES, torch.float16)
 
@@ -105,7 +103,6 @@ def module() -> Any:
     forced = os.environ.get("PYRLHF_ISA")
     if forced:
         _C.set_isa(forced)
-    keep_freed_memory()
     return _C
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 _SMALLEST = 1 << 18  # bytes; below it the caches serve
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def streamed(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -30,14 +32,14 @@ def streamed(shape: Sequence[int], dtype: torch.dtype, device: torch.device | st
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks of up to 32 MiB for the next tensors, where it would give them back to the system at once.
+    """Keep memory that tensors free for the next ones instead of giving it back to the system (glibc; a no-op elsewhere).
 
-    Memory that is new to the process is slow to touch: page faults were half the time of a prefill's activations, and up to a
-    twentieth of a training step's, for which a process is now up to a twentieth larger. glibc goes by the largest mapped block that
-    was freed so far (mallopt(3), M_MMAP_THRESHOLD) unless the user has chosen; so one is freed here that was never touched. Other
-    allocators do as they did.
+    Given back, every temporary of a few megabytes costs a page fault for each 4 KiB again: more than many kernels take.
     """
-    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyrlhf import ops
 from pyrlhf.ops._checks import values_readable
 from pyrlhf.ops._core import raise_faults, recording, use_core, use_cuda_core
+from pyrlhf.ops._memory import keep_freed_memory
 from pyrlhf.ops.decode_step import note_draws
 from pyrlhf.rollout.cache import PagedCache, PagedDecode, PagedPrefill, sent
 from pyrlhf.rollout.program import DecodeProgram
@@ -86,6 +87,7 @@ class Generator:
         self.weights = weights or DecodeWeights(policy)
         self._gather = gather
         self._cache: PagedCache | None = None  # of an earlier call, while nobody uses it
+        keep_freed_memory()  # half of a prefill's element-wise time would be page faults
 
     def generate(
         self,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib
 import math
-import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -378,21 +377,3 @@ def test_a_closed_engine_gives_its_memory_back(world: World, stage: int) -> None
     engine.close()
     del engine
     assert held() - before < weights / 2
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
-def test_freed_memory_is_used_again_without_page_faults() -> None:
-    work = """
-import resource, torch
-from pyrlhf.engine import keep_freed_memory
-keep_freed_memory()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-[torch.ones(1 << 21) for _ in range(4)]
-before = faults()
-for _ in range(50):
-    torch.ones(1 << 21), torch.ones(1 << 21)
-print(faults() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 50 * 2 * 2048 / 10, "each of the 100 tensors has 2048 pages"
