@@ -66,23 +66,83 @@ struct Weights {
     vi high, low;
 };
 
+// N vectors side by side. An exponential is a chain of some thirty operations: while one waits for the one before it,
+// those of other vectors run.
+template <int N>
+struct Reals {
+    vf x[N];
+};
+template <int N>
+struct Integers {
+    vi x[N];
+};
+template <int N>
+PYRLHF_INLINE Reals<N> operator+(Reals<N> a, const Reals<N>& b) {
+    for (int i = 0; i < N; ++i) a.x[i] += b.x[i];
+    return a;
+}
+template <int N>
+PYRLHF_INLINE Reals<N> operator-(Reals<N> a, const Reals<N>& b) {
+    for (int i = 0; i < N; ++i) a.x[i] -= b.x[i];
+    return a;
+}
+template <int N>
+PYRLHF_INLINE Reals<N> operator*(Reals<N> a, const Reals<N>& b) {
+    for (int i = 0; i < N; ++i) a.x[i] *= b.x[i];
+    return a;
+}
+template <int N>
+PYRLHF_INLINE Reals<N> operator+(Reals<N> a, float b) {
+    for (int i = 0; i < N; ++i) a.x[i] += b;
+    return a;
+}
+template <int N>
+PYRLHF_INLINE Reals<N> operator*(Reals<N> a, float b) {
+    for (int i = 0; i < N; ++i) a.x[i] *= b;
+    return a;
+}
+template <int N>
+PYRLHF_INLINE Integers<N> operator+(Integers<N> a, int b) {
+    for (int i = 0; i < N; ++i) a.x[i] += b;
+    return a;
+}
+
+// For core/sample.h.
+template <int N>
 struct Lanes {
-    using Real = vf;
-    using Integer = vi;
-    PYRLHF_INLINE vf at_least(vf x, float low) { return x < low ? broadcast(low) : x; }
-    PYRLHF_INLINE void round(vf x, vf& n, vi& i) {
-        n = round_small(x);
-        i = __builtin_convertvector(n, vi);
+    using Real = Reals<N>;
+    using Integer = Integers<N>;
+    PYRLHF_INLINE Real at_least(Real a, float low) {
+        for (int i = 0; i < N; ++i) a.x[i] = a.x[i] < low ? broadcast(low) : a.x[i];
+        return a;
     }
-    PYRLHF_INLINE vf power(vi i) { return (vf)((i + 127) << 23); }
+    PYRLHF_INLINE void round(const Real& a, Real& n, Integer& k) {
+        for (int i = 0; i < N; ++i) {
+            n.x[i] = round_small(a.x[i]);
+            k.x[i] = __builtin_convertvector(n.x[i], vi);
+        }
+    }
+    PYRLHF_INLINE Real power(const Integer& k) {
+        Real out;
+        for (int i = 0; i < N; ++i) out.x[i] = (vf)((k.x[i] + 127) << 23);
+        return out;
+    }
 };
 
-PYRLHF_INLINE Weights weigh(vf z) {
-    const vf scaled = exp_2_20<Lanes>(z);
-    const vi high = __builtin_convertvector(scaled, vi);
-    const vf rest = (scaled - __builtin_convertvector(high, vf)) * 1048576.0f;
-    return {high, __builtin_convertvector(rest, vi)};
+// Of N vectors, added up.
+template <int N>
+PYRLHF_INLINE Weights weigh(const Reals<N>& z) {
+    const Reals<N> scaled = exp_2_20<Lanes<N>>(z);
+    Weights out = {};
+    for (int i = 0; i < N; ++i) {
+        const vi high = __builtin_convertvector(scaled.x[i], vi);
+        const vf rest = (scaled.x[i] - __builtin_convertvector(high, vf)) * 1048576.0f;
+        out.high += high;
+        out.low += __builtin_convertvector(rest, vi);
+    }
+    return out;
 }
+PYRLHF_INLINE Weights weigh(vf z) { return weigh(Reals<1>{{z}}); }
 
 PYRLHF_INLINE int64_t total(vi high, vi low) { return (sum(high) << 20) + sum(low); }
 PYRLHF_INLINE int64_t at_lane(const Weights& w, int j) { return (int64_t{w.high[j]} << 20) + w.low[j]; }
@@ -222,36 +282,43 @@ PYRLHF_INLINE Cut find_cut(const Row<T>& row, const SampleOptions& options, Scra
     return cut;
 }
 
-// The weights of the tokens [first, first + chunk) added up, as weights(at) gives those of W tokens.
-template <typename T, typename Weigh>
-PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, int64_t first, Weigh weights) {
-    const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
-    vi high = {}, low = {};
-    for (int64_t at = first; at < last; at += W) {
-        const Weights w = weights(at);
-        high += w.high;
-        low += w.low;
-    }
-    return total(high, low);
+PYRLHF_INLINE void add_to(Weights& sum, const Weights& more) {
+    sum.high += more.high;
+    sum.low += more.low;
 }
 
-// Of all tokens; past the end of the row there is -infinity, which weighs nothing.
+// The weights of the tokens [first, first + chunk) added up; past the end of the row there is -infinity, which weighs
+// nothing.
 template <typename T>
 PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, int64_t first) {
-    return chunk_mass(row, first, [&](int64_t at) PYRLHF_LAMBDA {
-        return weigh(scaled(row, load_some(row.logits + at, row.vocab - at)));
-    });
+    constexpr int N = 4;
+    const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
+    Weights sum = {};
+    int64_t at = first;
+    for (; at + N * W <= last; at += N * W) {
+        Reals<N> z;
+        for (int i = 0; i < N; ++i) z.x[i] = scaled(row, load(row.logits + at + i * W));
+        add_to(sum, weigh(z));
+    }
+    for (; at < last; at += W) add_to(sum, weigh(scaled(row, load_some(row.logits + at, row.vocab - at))));
+    return total(sum.high, sum.low);
+}
+
+// Of those that are kept.
+template <typename T>
+PYRLHF_INLINE int64_t chunk_mass(const Row<T>& row, int64_t first, const Cut& cut) {
+    const int64_t last = first + chunk < row.vocab ? first + chunk : row.vocab;
+    Weights sum = {};
+    for (int64_t at = first; at < last; at += W) add_to(sum, kept_weights(row, cut, at));
+    return total(sum.high, sum.low);
 }
 
 template <typename T>
 PYRLHF_INLINE int64_t sum_chunks(const Row<T>& row, const Cut& cut, int64_t* chunks) {
     const bool all = cut.keeps_all();
     int64_t sum_of_all = 0;
-    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c) {
-        chunks[c] = all ? chunk_mass(row, first)
-                        : chunk_mass(row, first, [&](int64_t at) PYRLHF_LAMBDA { return kept_weights(row, cut, at); });
-        sum_of_all += chunks[c];
-    }
+    for (int64_t first = 0, c = 0; first < row.vocab; first += chunk, ++c)
+        sum_of_all += chunks[c] = all ? chunk_mass(row, first) : chunk_mass(row, first, cut);
     return sum_of_all;
 }
 
