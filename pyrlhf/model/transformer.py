@@ -252,7 +252,8 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
 
 
 class Table(nn.Embedding):
-    """An nn.Embedding, also to whatever looks for one, that looks up on one tape with a decode step's other calls."""
+    """An ``nn.Embedding`` (also to whatever looks for one: LoRA, DeepSpeed) by the C++ core where no gradient is wanted, so that a
+    recorded decode step is nothing but calls of the core."""
 
     def forward(self, ids: Tensor, added: Tensor | None = None) -> Tensor:
         """The rows of ids [T], plus added [T, W]."""

@@ -14,7 +14,7 @@ def embed(table: Tensor, ids: Tensor, added: Tensor | None = None) -> Tensor:
 
     Raises IndexError for an id outside of 0..V-1 (on CUDA the kernel asserts).
     """
-    if not use_core(table, ids, added):
+    if torch.compiler.is_compiling() or not use_core(table, ids, added):
         rows = torch.nn.functional.embedding(ids, table)
         return rows if added is None else rows + added
     ids, added = ids.contiguous(), None if added is None else added.contiguous()

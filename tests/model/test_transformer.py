@@ -50,6 +50,15 @@ def test_tools_that_look_for_linear_layers_find_them(tiny: ModelConfig, ragged: 
     assert sorted(ran) == sorted(found)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_the_forward_compiles_as_one_graph(tiny: ModelConfig, ragged: Any, grad: bool) -> None:
+    torch.compiler.reset()  # it compiles one code only so often
+    model, batch = CausalLM(tiny), ragged(tiny.vocab_size, [5, 3])
+    with torch.set_grad_enabled(grad):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*batch)
+        assert relative(compiled.detach(), model(*batch).detach()) < 1e-6
+
+
 def test_packed_equals_one_by_one(tiny: ModelConfig, ragged: Any, packed: Any, spread: Spread) -> None:
     model = spread(CausalLM(tiny))
     batch = ragged(tiny.vocab_size, [5, 0, 1, 17, 9])
