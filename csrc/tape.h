@@ -16,8 +16,8 @@ namespace pyrlhf {
 
 class Tape {
   public:
-    // How a call went: well, without the memory it needed, well but the last of its kind, or else the number of the row
-    // that was wrong.
+    // How a call went: well; without the memory it needed; well, but there is to be no further round; or else the
+    // number of the row that was wrong.
     static constexpr int64_t done = -1, no_memory = -2, halt = -3;
 
     // From now on a tape can hold calls of this function. It returns nothing, whether it had the memory it needed, or
