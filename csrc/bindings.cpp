@@ -135,9 +135,9 @@ int64_t note_draws(address drawn, address drawn_logprobs, int64_t rows, address 
 }
 
 bool pack_weight(address weight, int from, int64_t row_stride, int64_t rows, int64_t columns, address panels, int to,
-                 int threads) {
+                 address fingerprints, int threads) {
     return cpu().pack_weight(at<void>(weight), static_cast<DType>(from), row_stride, rows, columns, at<void>(panels),
-                             static_cast<DType>(to), threads);
+                             static_cast<DType>(to), at<uint64_t>(fingerprints), threads);
 }
 
 void packed_linear(address x, int x_dtype, address panels, int panels_dtype, address bias, int bias_dtype,

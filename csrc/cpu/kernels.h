@@ -35,7 +35,7 @@
     KERNEL(note_draws, bool, (const int64_t* drawn, const float* drawn_logprobs, int64_t rows, const DecodeRows& live, \
                               const int64_t* ends, int64_t ends_count, int64_t* tokens, float* logprobs))              \
     KERNEL(pack_weight, bool, (const void* weight, DType from, int64_t row_stride, int64_t rows, int64_t columns,      \
-                               void* panels, DType to, int threads))                                                   \
+                               void* panels, DType to, uint64_t* fingerprints, int threads))                           \
     KERNEL(packed_linear, void, (const PackedLinearArrays& arrays, const PackedLinearShape& shape,                     \
                                  Activation activation, int threads))                                                  \
     KERNEL(ppo_loss, void, (const PpoArrays& in, const PpoOptions& options, int64_t n, float* grad_logprobs,           \
@@ -133,8 +133,9 @@ struct LinearLogprobGradients {
     void *hidden, *weight, *bias;
 };
 
-// Outputs that share a panel of a packed weight. Panels begin on a cache line. pack_weight returns whether all that it
-// wrote is finite.
+// Outputs that share a panel of a packed weight. Panels begin on a cache line. pack_weight takes and leaves a
+// fingerprint a panel, 0 for one that was never written; it writes the panels whose rows have another, and returns
+// whether all of them are finite.
 constexpr int64_t panel_columns = 64;
 
 // Arrays of packed_linear. units: scratch for x in the dtype of the panels, rows of whole pairs; null where x itself is

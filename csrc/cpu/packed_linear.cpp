@@ -74,8 +74,8 @@ PYRLHF_INLINE vi not_finite(vi units, const pair*) {
     return not_finite(units, static_cast<const float*>(nullptr)) | ((units & 0x7F80) == 0x7F80);
 }
 
-// W rows of the weight at a time, each a stream of its own, blocks of W by W turned in registers. Whether all that it
-// has written is finite.
+// W rows of the weight at a time, blocks of W by W turned in registers; meanwhile the rows of the next panel are asked
+// for. Whether all that it has written is finite.
 template <typename Unit, typename T>
 PYRLHF_INLINE bool pack_panel(const T* weight, int64_t stride, int64_t rows, int64_t k, Unit* panel) {
     constexpr int64_t elements = W * elements_in<Unit>, bytes = elements * sizeof(T);
@@ -86,8 +86,9 @@ PYRLHF_INLINE bool pack_panel(const T* weight, int64_t stride, int64_t rows, int
             vi block[W];
             for (int i = 0; i < W; ++i) {
                 const T* const row = weight + (n + i) * stride;
+                const T* const next = row + panel_columns * stride + at * elements_in<Unit>;
                 for (int64_t b = 0; b < bytes; b += line)
-                    prefetch(reinterpret_cast<const char*>(row + at * elements_in<Unit>) + 4 * bytes + b);
+                    __builtin_prefetch(reinterpret_cast<const char*>(next) + b, 0, 2);
                 block[i] = n + i < rows ? units_of<Unit>(row, k, at) : vi{};
                 bad |= not_finite(block[i], panel);
             }
@@ -99,14 +100,56 @@ PYRLHF_INLINE bool pack_panel(const T* weight, int64_t stride, int64_t rows, int
     return sum(bad) == 0;
 }
 
+// XXH64's primes and its round: all bits of what comes out depend on those of both that go in. For 64-bit numbers, one
+// or a vector.
+constexpr uint64_t prime_1 = 0x9E3779B185EBCA87, prime_2 = 0xC2B2AE3D27D4EB4F;
+template <typename Words>
+PYRLHF_INLINE Words mixed(Words sum, Words word) {
+    sum += word * prime_2;
+    return (sum << 31 | sum >> 33) * prime_1;
+}
+
+typedef uint64_t vw __attribute__((vector_size(4 * W)));
+template <typename T>
+PYRLHF_INLINE vw words_at(const T* row, int64_t n) {
+    vw out = {};
+    const int64_t whole = sizeof(out) / sizeof(T);
+    memcpy(&out, row, n >= whole ? sizeof(out) : sizeof(T) * static_cast<size_t>(n));
+    return out;
+}
+
+// A number made of all bits of a panel's rows, even and not 0: if they change it does, but for a chance of 2^-62.
+template <typename T>
+PYRLHF_INLINE uint64_t fingerprint(const T* weight, int64_t stride, int64_t rows, int64_t k) {
+    constexpr int64_t step = sizeof(vw) / sizeof(T), chains = 4;  // which do not wait for each other
+    vw sums[chains] = {};
+    for (int64_t r = 0; r < rows; ++r, weight += stride) {
+        int64_t at = 0;
+        for (; at + chains * step <= k; at += chains * step)
+            for (int64_t i = 0; i < chains; ++i) sums[i] = mixed(sums[i], words_at(weight + at + i * step, step));
+        for (; at < k; at += step) sums[0] = mixed(sums[0], words_at(weight + at, k - at));
+    }
+    uint64_t out = 0;
+    for (const vw& sum : sums)
+        for (int i = 0; i < W / 2; ++i) out = mixed(out, sum[i]);
+    return (mixed(out ^ out >> 32, out) & ~uint64_t{1}) | 2;
+}
+
+// A panel is left as it is while its rows have the fingerprint that they had, whose lowest bit tells whether they are
+// finite.
 template <typename Unit, typename T>
-static bool pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, Unit* panels, int threads) {
+static bool pack_panels(const T* weight, int64_t stride, int64_t n, int64_t k, Unit* panels, uint64_t* fingerprints,
+                        int threads) {
     const int64_t depth = divide_up(k, elements_in<Unit>), count = divide_up(n, panel_columns);
     bool finite = true;
 #pragma omp parallel for schedule(static) num_threads(n* k < 32768 ? 1 : threads) reduction(&& : finite)
     for (int64_t p = 0; p < count; ++p) {
-        const int64_t first = p * panel_columns;
-        finite = pack_panel(weight + first * stride, stride, n - first, k, panels + first * depth) && finite;
+        const int64_t first = p * panel_columns, rows = least(n - first, panel_columns);
+        const T* const from = weight + first * stride;
+        const uint64_t found = fingerprint(from, stride, rows, k);
+        if ((fingerprints[p] & ~uint64_t{1}) != found)
+            fingerprints[p] = found | pack_panel(from, stride, rows, k, panels + first * depth);
+        finite = finite && fingerprints[p] & 1;
     }
     return finite;
 }
@@ -308,16 +351,16 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
 }  // namespace
 
 bool pack_weight(const void* weight, DType from, int64_t stride, int64_t n, int64_t k, void* panels, DType to,
-                 int threads) {
+                 uint64_t* fingerprints, int threads) {
     const bool wide = to == DType::float32;
     if (from == DType::float32) {
         const float* const w = static_cast<const float*>(weight);
-        return wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
-                    : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
+        return wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), fingerprints, threads)
+                    : pack_panels(w, stride, n, k, static_cast<pair*>(panels), fingerprints, threads);
     }
     const bf16* const w = static_cast<const bf16*>(weight);
-    return wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), threads)
-                : pack_panels(w, stride, n, k, static_cast<pair*>(panels), threads);
+    return wide ? pack_panels(w, stride, n, k, static_cast<float*>(panels), fingerprints, threads)
+                : pack_panels(w, stride, n, k, static_cast<pair*>(panels), fingerprints, threads);
 }
 
 void packed_linear(const PackedLinearArrays& arrays, const PackedLinearShape& shape, Activation activation,

@@ -223,9 +223,69 @@ def test_layout_and_that_all_of_it_is_written(isa, poison, source, dtype):
         packed = pack_weight(weight, dtype)
         assert (packed.out_features, packed.in_features, packed.dtype) == (n, k, dtype)
         assert same_bits(packed.panels, expected)
-        spoilt = PackedWeight(torch.full_like(expected, torch.nan), n, k, finite=False)
+        none = torch.zeros(len(expected), dtype=torch.int64)
+        spoilt = PackedWeight(torch.full_like(expected, torch.nan), n, k, finite=False, fingerprints=none)
         spoilt.update(weight)
         assert same_bits(spoilt.panels, expected)
+
+
+def flip_a_bit(rows: Tensor) -> None:
+    bits = rows.view(torch.int16 if rows.dtype == torch.bfloat16 else torch.int32)
+    place = [int(torch.randint(size, (1,))) for size in rows.shape]
+    bits[tuple(place)] ^= 1 << int(torch.randint(8 * bits.itemsize - 1, (1,)))
+
+
+CHANGES = {
+    "a bit": flip_a_bit,
+    "every sign": lambda rows: rows.neg_(),
+    "the signs of a column": lambda rows: rows[:, -1].neg_(),
+    "two signs of a row": lambda rows: rows[0, :: max(1, rows.shape[1] - 1)].neg_(),
+    "the order of rows": lambda rows: rows.copy_(rows.flip(0)),
+    "the order of columns": lambda rows: rows.copy_(rows.roll(8, 1)),
+    "the first": lambda rows: rows[0, :1].neg_(),
+    "the last": lambda rows: rows[-1, -1:].neg_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_an_update_writes_the_panels_whose_rows_have_changed(isa, source, dtype, change):
+    """In ways that a weak sum would not see, too; and no other panel."""
+    for n, k in ((130, 40), (66, 257), (192, 96), (70, 9)):
+        weight = torch.randn(n, k).to(source)
+        packed, panel, before = pack_weight(weight, dtype), (n - 1) // 64, weight.clone()
+        CHANGES[change](weight[64 * panel :])
+        assert not same_bits(before, weight)
+        packed.panels[:panel] = torch.nan  # which nobody has been told
+        packed.update(weight)
+        assert same_bits(packed.panels[panel:], panels_by_hand(weight, dtype)[panel:])
+        assert packed.panels[:panel].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_known(isa, dtype):
+    weight = torch.randn(130, 20).to(dtype)
+    weight[70, 3] = torch.nan
+    packed = pack_weight(weight, dtype)
+    packed.update(weight)
+    assert not packed.finite
+    weight[:64] += 1
+    packed.update(weight)
+    assert not packed.finite
+    weight[70, 3] = 0.0
+    packed.update(weight)
+    assert packed.finite
+
+
+def test_an_update_by_plain_torch_is_noticed_by_the_next(isa, monkeypatch):
+    first, second = torch.randn(2, 70, 9)
+    packed = pack_weight(first, torch.float32)
+    with monkeypatch.context() as plain:
+        plain.setenv("PYRLHF_BACKEND", "ref")
+        packed.update(second)
+    packed.update(first)
+    assert same_bits(packed.panels, panels_by_hand(first, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -268,6 +328,7 @@ def test_a_weight_may_be_any_view(isa, dtype):
             packed = pack_weight(view, packed_dtype)
             assert same_bits(packed.panels, panels_by_hand(copied, packed_dtype))
             packed.panels.fill_(torch.nan)
+            packed.fingerprints.zero_()
             packed.update(view)
             assert same_bits(packed.panels, panels_by_hand(copied, packed_dtype))
 
