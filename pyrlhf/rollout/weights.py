@@ -2,8 +2,8 @@
 
 On the CPU every linear layer and the language-model head get a packed copy (`pyrlhf.ops.packed_linear`) in the model's dtype.
 Whenever generation begins, what has changed is written anew: one pass over the weights, all threads, in the same memory. A row's
-bits then depend on no other row, which is what makes a sample independent of its batch. Elsewhere the weights themselves are used. LoRA adapters (peft)
-are folded in on the way and the weights are put back as they were, bit for bit.
+bits then depend on no other row, which is what makes a sample independent of its batch. Elsewhere the weights themselves are used.
+LoRA adapters (peft) are folded in on the way and the weights are put back as they were, bit for bit.
 """
 
 from __future__ import annotations
