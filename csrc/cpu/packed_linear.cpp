@@ -100,8 +100,7 @@ PYRLHF_INLINE bool pack_panel(const T* weight, int64_t stride, int64_t rows, int
     return sum(bad) == 0;
 }
 
-// XXH64's primes and its round: all bits of what comes out depend on those of both that go in. For 64-bit numbers, one
-// or a vector.
+// XXH64's primes and its round, for 64-bit numbers, one or a vector: another sum or another word gives another result.
 constexpr uint64_t prime_1 = 0x9E3779B185EBCA87, prime_2 = 0xC2B2AE3D27D4EB4F;
 template <typename Words>
 PYRLHF_INLINE Words mixed(Words sum, Words word) {
@@ -224,9 +223,6 @@ static void multiply_panel(float* sums, const Unit* x, int64_t x_stride, int64_t
 
 // --- Bias, rounding, activation: what the activation op would make of the result ---
 
-PYRLHF_INLINE vf rounded(vf y, const float*) { return y; }
-PYRLHF_INLINE vf rounded(vf y, const bf16*) { return from_bf16(to_bf16(y)); }
-
 template <Activation activation, typename T>
 PYRLHF_INLINE void finish_as(const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
                              int64_t stride) {
@@ -234,7 +230,7 @@ PYRLHF_INLINE void finish_as(const float* sums, const float* bias, int64_t rows,
         for (int64_t n = 0; n < columns; n += W) {
             vf out = load(sums + n) + load(bias + n);
             if constexpr (activation != Activation::none)
-                out = value_and_slope<activation, ActivationMath>(rounded(out, y)).value;
+                out = value_and_slope<activation, ActivationMath>(rounded<T>(out)).value;
             if (n + W <= columns)
                 store(y + n, out, Whole{});
             else

@@ -257,10 +257,7 @@ class Table(nn.Embedding):
 
     def forward(self, ids: Tensor, added: Tensor | None = None) -> Tensor:
         """The rows of ids [T], plus added [T, W]."""
-        if not torch.is_grad_enabled():
-            return embed(self.weight, ids, added)
-        rows = super().forward(ids)
-        return rows if added is None else rows + added
+        return embed(self.weight, ids, added)
 
 
 class Embedding(nn.Module):

@@ -10,11 +10,11 @@ from pyrlhf.ops._core import CORE_DTYPES, address, core, use_core
 
 
 def embed(table: Tensor, ids: Tensor, added: Tensor | None = None) -> Tensor:
-    """The rows ``ids`` int64 ``[T]`` of table ``[V, W]``, plus ``added`` ``[T, W]`` if it is given. Not differentiable.
+    """The rows ``ids`` int64 ``[T]`` of table ``[V, W]``, plus ``added`` ``[T, W]`` if it is given. By torch where a gradient may be wanted.
 
     Raises IndexError for an id outside of 0..V-1 (on CUDA the kernel asserts).
     """
-    if torch.compiler.is_compiling() or not use_core(table, ids, added):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not use_core(table, ids, added):
         rows = torch.nn.functional.embedding(ids, table)
         return rows if added is None else rows + added
     ids, added = ids.contiguous(), None if added is None else added.contiguous()

@@ -304,7 +304,7 @@ class Scheduler:
     # -- out --------------------------------------------------------------------------------------------------------------
 
     def undisturbed(self) -> int:
-        """Steps, the present one among them, after which the next can begin without `grow`, and nothing was `spent` before the last."""
+        """How many steps, the present one among them, can be made before `grow` or `spent` has anything to say."""
         return min((*self._due, *self._limits), default=self.step) - self.step
 
     def stepped(self, steps: int) -> None:

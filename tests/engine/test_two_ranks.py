@@ -25,6 +25,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONFAULTHANDLER": "1"}  # one that crashes says where
     command = [sys.executable, training.__file__, str(folder)]
     both = [
         subprocess.Popen(

@@ -49,6 +49,7 @@ def test_nothing_ends_without_ends(backend, monkeypatch):
     assert note_draws(torch.tensor([5]), torch.zeros(1), **numbers, ends=none, **outputs) is False
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (3, 21), (5, 64), (700, 130)])
 def test_rows_are_looked_up(isa, poison, rows, width, dtype):
@@ -63,6 +64,7 @@ def test_rows_are_looked_up(isa, poison, rows, width, dtype):
     assert torch.equal(embed(table, ids, added), expected + added)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("backend", ["auto", "ref"])
 @pytest.mark.parametrize("bad", [-1, 4, 1 << 40])
 def test_an_id_outside_of_the_table_is_an_error(isa, backend, bad, monkeypatch):
