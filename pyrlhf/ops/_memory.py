@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
         if not mallopt(_M_MMAP_THRESHOLD, 2**30):
-            mallopt(_M_MMAP_THRESHOLD, 2**25)  # all that glibc before 2.35 admits
+            mallopt(_M_MMAP_THRESHOLD, 2**25)  # all that an older glibc admits, which else keeps its 128 KiB
 
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:

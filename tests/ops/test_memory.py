@@ -136,7 +136,7 @@ print(faults() - before)
 
 @pytest.mark.parametrize("largest", [2**30, 2**25])
 def test_freed_memory_is_kept_whatever_size_the_c_library_admits(monkeypatch, largest):
-    """glibc before 2.35 refuses a threshold above half a heap (32 MiB) and keeps the one it had, 128 KiB."""
+    """An older glibc refuses a threshold above half a heap (32 MiB) and keeps the one it had, 128 KiB."""
     held = {}
 
     class Library:
