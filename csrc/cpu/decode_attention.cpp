@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t key_block = 128;  // tokens whose scores are softened together
 constexpr int64_t key_chunk = 512;
 constexpr int together = 4;               // tokens, and at most query heads, in registers at a time
-constexpr int64_t ahead_bytes = 1 << 13;  // what is asked for and not yet read
+constexpr int64_t ahead_bytes = 3 << 11;  // what is asked for before any of it is read
 constexpr int64_t most_dim = 256;
 constexpr float lowest = -3.402823466e38f;
 constexpr float log2_e = 1.44269504088896341f;
@@ -232,7 +232,8 @@ template <typename T>
 PYRLHF_INLINE void attend_tokens(const Item<T>& item, const Item<T>& next, int64_t kv_heads, int64_t group, int64_t dim,
                                  float factor, const Work& work) {
     const int64_t row_bytes = kv_heads * dim * static_cast<int64_t>(sizeof(T));
-    const int64_t ahead = least(key_block, divide_up(ahead_bytes, row_bytes));       // rows
+    // Rows. Of those that are read together, head by head, the last must have been asked for with the first.
+    const int64_t ahead = least(key_block, together - 1 + divide_up(ahead_bytes, row_bytes));
     const int64_t lines = divide_up(together * divide_up(row_bytes, 64), kv_heads);  // to ask for at a time
     const T* rows[3 * key_block];
     for (int64_t first = item.first, count; first < item.end; first += count) {
