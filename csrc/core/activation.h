@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/portable.h"
@@ -13,6 +14,26 @@ namespace pyrlhf {
 
 // What is applied to each output, in the order of pyrlhf/ops/activation.py: KINDS.
 enum class Activation : int { none = -1, gelu = 0, gelu_new = 1, quick_gelu = 2, relu = 3, silu = 4 };
+
+// f(std::integral_constant<Activation, kind>{}), for code that is compiled for each kind; nothing for none. F is a
+// lambda of the file that calls it, so that no two instruction sets share what is made of this.
+template <typename F>
+void with_kind(Activation kind, F f) {
+    switch (kind) {
+        case Activation::none:
+            return;
+        case Activation::gelu:
+            return f(std::integral_constant<Activation, Activation::gelu>{});
+        case Activation::gelu_new:
+            return f(std::integral_constant<Activation, Activation::gelu_new>{});
+        case Activation::quick_gelu:
+            return f(std::integral_constant<Activation, Activation::quick_gelu>{});
+        case Activation::relu:
+            return f(std::integral_constant<Activation, Activation::relu>{});
+        case Activation::silu:
+            return f(std::integral_constant<Activation, Activation::silu>{});
+    }
+}
 
 // x is [rows, size], or [rows, 2, size] (gate, up) where gated. grad_out is null in the forward, out [rows, size]; in
 // the backward grad_out is [rows, size] and out is the gradient, shaped like x.

@@ -72,20 +72,7 @@ void run(const ActivationArrays& a, int threads) {
 
 template <typename T, bool gated>
 void run(const ActivationArrays& a, int threads) {
-    switch (a.kind) {
-        case Activation::none:
-            return;
-        case Activation::gelu:
-            return run<T, Activation::gelu, gated>(a, threads);
-        case Activation::gelu_new:
-            return run<T, Activation::gelu_new, gated>(a, threads);
-        case Activation::quick_gelu:
-            return run<T, Activation::quick_gelu, gated>(a, threads);
-        case Activation::relu:
-            return run<T, Activation::relu, gated>(a, threads);
-        case Activation::silu:
-            return run<T, Activation::silu, gated>(a, threads);
-    }
+    with_kind(a.kind, [&](auto kind) { run<T, kind.value, gated>(a, threads); });
 }
 
 }  // namespace

@@ -223,38 +223,27 @@ static void multiply_panel(float* sums, const Unit* x, int64_t x_stride, int64_t
 
 // --- Bias, rounding, activation: what the activation op would make of the result ---
 
-template <Activation activation, typename T>
-PYRLHF_INLINE void finish_as(const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
-                             int64_t stride) {
+// y = what `activated` makes of sums + bias.
+template <typename T, typename Activated>
+PYRLHF_INLINE void write_rows(const float* sums, const float* bias, int64_t rows, int64_t columns, T* y, int64_t stride,
+                              Activated activated) {
     for (int64_t m = 0; m < rows; ++m, sums += panel_columns, y += stride)
-        for (int64_t n = 0; n < columns; n += W) {
-            vf out = load(sums + n) + load(bias + n);
-            if constexpr (activation != Activation::none)
-                out = value_and_slope<activation, ActivationMath>(rounded<T>(out)).value;
-            if (n + W <= columns)
-                store(y + n, out, Whole{});
-            else
-                store(y + n, out, Part{static_cast<int>(columns - n)});
-        }
+        for_vectors(columns, [&](int64_t n, auto lanes) PYRLHF_LAMBDA {
+            const vf out = load(sums + n) + load(bias + n);
+            store(y + n, activated(out), lanes);
+        });
 }
 
 template <typename T>
 static void finish(Activation activation, const float* sums, const float* bias, int64_t rows, int64_t columns, T* y,
                    int64_t stride) {
-    switch (activation) {
-        case Activation::none:
-            return finish_as<Activation::none>(sums, bias, rows, columns, y, stride);
-        case Activation::gelu:
-            return finish_as<Activation::gelu>(sums, bias, rows, columns, y, stride);
-        case Activation::gelu_new:
-            return finish_as<Activation::gelu_new>(sums, bias, rows, columns, y, stride);
-        case Activation::quick_gelu:
-            return finish_as<Activation::quick_gelu>(sums, bias, rows, columns, y, stride);
-        case Activation::relu:
-            return finish_as<Activation::relu>(sums, bias, rows, columns, y, stride);
-        case Activation::silu:
-            return finish_as<Activation::silu>(sums, bias, rows, columns, y, stride);
-    }
+    if (activation == Activation::none)
+        return write_rows(sums, bias, rows, columns, y, stride, [](vf out) PYRLHF_LAMBDA { return out; });
+    with_kind(activation, [=](auto kind) {
+        write_rows(sums, bias, rows, columns, y, stride, [](vf out) PYRLHF_LAMBDA {
+            return value_and_slope<decltype(kind)::value, ActivationMath>(rounded<T>(out)).value;
+        });
+    });
 }
 
 // A row of x as units.

@@ -192,20 +192,7 @@ void run(const ActivationArrays& a, Queue queue) {
 
 template <typename T>
 void run(const ActivationArrays& a, Queue queue) {
-    switch (a.kind) {
-        case Activation::none:
-            return;
-        case Activation::gelu:
-            return run<T, Activation::gelu>(a, queue);
-        case Activation::gelu_new:
-            return run<T, Activation::gelu_new>(a, queue);
-        case Activation::quick_gelu:
-            return run<T, Activation::quick_gelu>(a, queue);
-        case Activation::relu:
-            return run<T, Activation::relu>(a, queue);
-        case Activation::silu:
-            return run<T, Activation::silu>(a, queue);
-    }
+    with_kind(a.kind, [&](auto kind) { run<T, kind.value>(a, queue); });
 }
 
 }  // namespace
