@@ -7,6 +7,7 @@ bfloat16 at 80 % of the speed at which this machine reads memory. Bytes: the wei
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -56,9 +57,10 @@ def case(rows: int, dtype: torch.dtype) -> None:
 
 
 def packing(source: torch.dtype, target: torch.dtype, out: int = 50_257) -> None:
-    """One large weight, as after an optimizer step."""
-    weight = torch.randn(out, IN).to(source)
-    packed = ops.pack_weight(weight, target)
+    """One large weight after an optimizer step, and one that has not changed."""
+    weight, other = (torch.randn(out, IN).to(source) for _ in range(2))
+    by_turns = itertools.cycle((other, weight))
+    changing, same = ops.pack_weight(weight, target), ops.pack_weight(weight, target)
     size = {"bytes": weight.numel() * (source.itemsize + target.itemsize)}
     plain, transposed = torch.empty(out, IN, dtype=target), torch.empty(IN, out, dtype=target)
     names = [str(dtype).removeprefix("torch.") for dtype in (source, target)]
@@ -66,7 +68,8 @@ def packing(source: torch.dtype, target: torch.dtype, out: int = 50_257) -> None
         "packed_linear",
         f"packing {out} x {IN}, {names[0]} to {names[1]}",
         {
-            "pyrlhf": Candidate(lambda: packed.update(weight), **size),
+            "pyrlhf": Candidate(lambda: changing.update(next(by_turns)), **size),
+            "pyrlhf, unchanged": Candidate(lambda: same.update(weight), bytes=weight.numel() * source.itemsize),
             "torch copy, transposed": Candidate(lambda: transposed.copy_(weight.t()), **size),
             "torch copy, as it is": Candidate(lambda: plain.copy_(weight), **size),
         },
