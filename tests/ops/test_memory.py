@@ -141,11 +141,11 @@ def test_freed_memory_is_kept_whatever_size_the_c_library_admits(monkeypatch, la
 
     class Library:
         def mallopt(self, option, value):
-            admitted = option != -3 or value <= largest
+            admitted = option != _memory._M_MMAP_THRESHOLD or value <= largest
             if admitted:
                 held[option] = value
             return int(admitted)
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
     keep_freed_memory()
-    assert held == {-1: 2**31 - 1, -3: largest}
+    assert held == {_memory._M_TRIM_THRESHOLD: 2**31 - 1, _memory._M_MMAP_THRESHOLD: largest}
