@@ -19,6 +19,7 @@ constexpr int64_t block_rows = 64;        // of x, whose sums lie in the first-l
 constexpr int64_t block_units = 32;       // of k: 8 KB of a panel
 constexpr int64_t group_bytes = 1 << 19;  // of x
 constexpr int64_t own_rows = 128;         // enough for a thread to have rows of its own
+constexpr int64_t fresh_units = 64;       // of k, how far ahead x is asked for
 constexpr int64_t line = 64;              // bytes
 constexpr int64_t worth_a_fork = 2048;    // units of a panel, times rows, a thread; below, meeting takes longer
 constexpr int64_t unit_bytes = 4 * panel_columns;  // of a panel, one unit of k
@@ -172,6 +173,14 @@ PYRLHF_INLINE void ask(Ahead& ahead) {
     for (int64_t i = 0; i < ahead.burst && ahead.at < ahead.end; ++i, ahead.at += ahead.step) prefetch(ahead.at);
 }
 
+// Units [first, end) of all rows of x, or as many of them as there are.
+template <typename Unit>
+PYRLHF_INLINE void ask(const Unit* x, int64_t rows, int64_t depth, int64_t first, int64_t end) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t k = first; k < least(end, depth); k += line / static_cast<int64_t>(sizeof(Unit)))
+            prefetch(x + m * depth + k);
+}
+
 // One row fills few registers: it takes more columns at once.
 template <int M>
 constexpr int tile_width = M == 1 ? 4 : tile_vectors;
@@ -201,23 +210,24 @@ PYRLHF_INLINE int64_t passes(int64_t rows) {
             tile_width<tile_rows>)+(left == 0 ? 0 : panel_vectors / (left == 1 ? tile_width<1> : tile_width<2>));
 }
 
-// sums [rows, panel_columns] of `rows` rows of x and one panel.
+// sums [rows, panel_columns] of `rows` rows of x and one panel. Rows that are fresh, perhaps written by another core
+// just now, take long to come: they are asked for in the order in which they are read.
 template <typename Unit>
-static void multiply_panel(float* sums, const Unit* x, int64_t x_stride, int64_t rows, const Unit* panel,
-                           int64_t depth) {
+static void multiply_panel(float* sums, const Unit* x, bool fresh, int64_t rows, const Unit* panel, int64_t depth) {
+    if (fresh) ask(x, rows, depth, 0, fresh_units);
     for (int64_t k = 0; k < depth; k += block_units) {
         const int64_t units = least(depth - k, block_units);
+        if (fresh) ask(x, rows, depth, k + fresh_units, k + fresh_units + block_units);
         const Unit* const block = panel + k * panel_columns;
         Ahead ahead = ahead_of(block, passes(rows));
         int64_t m = 0;
         for (; m + tile_rows <= rows; m += tile_rows)
-            multiply_rows<tile_rows>(sums + m * panel_columns, x + m * x_stride + k, x_stride, block, units, k == 0,
-                                     ahead);
+            multiply_rows<tile_rows>(sums + m * panel_columns, x + m * depth + k, depth, block, units, k == 0, ahead);
         float* const last_sums = sums + m * panel_columns;
-        const Unit* const last = x + m * x_stride + k;
-        if (rows - m == 3) multiply_rows<3>(last_sums, last, x_stride, block, units, k == 0, ahead);
-        if (rows - m == 2) multiply_rows<2>(last_sums, last, x_stride, block, units, k == 0, ahead);
-        if (rows - m == 1) multiply_rows<1>(last_sums, last, x_stride, block, units, k == 0, ahead);
+        const Unit* const last = x + m * depth + k;
+        if (rows - m == 3) multiply_rows<3>(last_sums, last, depth, block, units, k == 0, ahead);
+        if (rows - m == 2) multiply_rows<2>(last_sums, last, depth, block, units, k == 0, ahead);
+        if (rows - m == 1) multiply_rows<1>(last_sums, last, depth, block, units, k == 0, ahead);
     }
 }
 
@@ -313,16 +323,14 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
                     write_units(static_cast<const bf16*>(in.x) + from, shape.in_features, to);
             }
         }
-        // What another core has just written takes long to come: all of it is asked for at once.
-        const int64_t x_bytes = shape.rows * depth * static_cast<int64_t>(sizeof(Unit));
-        for (int64_t at = 0; at < x_bytes && x_bytes <= group_bytes; at += line)
-            __builtin_prefetch(reinterpret_cast<const char*>(x) + at, 0, 2);
         float sums[block_rows * panel_columns], bias[panel_columns];
+        int64_t first_panel = -1;  // of this thread
         const auto multiply = [&](int64_t panel, int64_t m, int64_t rows) PYRLHF_LAMBDA {
             const int64_t first = panel * panel_columns, columns = least(shape.out_features - first, panel_columns);
+            first_panel = first_panel < 0 ? panel : first_panel;
             memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
-            multiply_panel(sums, x + m * depth, depth, rows, static_cast<const Unit*>(in.panels) + first * depth,
-                           depth);
+            multiply_panel(sums, x + m * depth, panel == first_panel, rows,
+                           static_cast<const Unit*>(in.panels) + first * depth, depth);
             bias_of_panel(in, first, columns, bias);
             finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
         };
