@@ -8,12 +8,10 @@
 // cache, and a chunk is one block. Chunks and blocks are counted from the start of the row's sequence, so a row's bits
 // depend on its own length and tokens only. Scores, probabilities and sums are float32; places past a row's end are
 // never read.
+#include <omp.h>
+
 #include <cstdlib>
 #include <type_traits>
-
-#if defined(_OPENMP)
-#    include <omp.h>
-#endif
 
 #include "cpu/kernels.h"
 #include "cpu/sizes.h"
@@ -27,6 +25,7 @@ constexpr int64_t key_chunk = 512;
 constexpr int together = 4;               // tokens, and at most query heads, in registers at a time
 constexpr int64_t ahead_bytes = 3 << 11;  // what is asked for before any of it is read
 constexpr int64_t most_dim = 256;
+constexpr int64_t line = 64;  // bytes
 constexpr float lowest = -3.402823466e38f;
 constexpr float log2_e = 1.44269504088896341f;
 
@@ -125,7 +124,7 @@ template <typename T>
 PYRLHF_INLINE void ask(Fetch<T>& fetch, int64_t lines) {
     for (int64_t i = 0; i < lines && fetch.left > 0; ++i) {
         __builtin_prefetch(reinterpret_cast<const char*>(*fetch.rows) + fetch.byte);
-        fetch.byte += 64;
+        fetch.byte += line;
         if (fetch.byte >= fetch.row_bytes) fetch.byte = 0, ++fetch.rows, --fetch.left;
     }
 }
@@ -234,7 +233,7 @@ PYRLHF_INLINE void attend_tokens(const Item<T>& item, const Item<T>& next, int64
     const int64_t row_bytes = kv_heads * dim * static_cast<int64_t>(sizeof(T));
     // Rows. Of those that are read together, head by head, the last must have been asked for with the first.
     const int64_t ahead = least(key_block, together - 1 + divide_up(ahead_bytes, row_bytes));
-    const int64_t lines = divide_up(together * divide_up(row_bytes, 64), kv_heads);  // to ask for at a time
+    const int64_t lines = divide_up(together * divide_up(row_bytes, line), kv_heads);  // to ask for at a time
     const T* rows[3 * key_block];
     for (int64_t first = item.first, count; first < item.end; first += count) {
         // Blocks end at multiples of key_block.
@@ -392,8 +391,9 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
     const int64_t parts = items < 4 * threads ? shape.kv_heads / most(1, beside) : 1, part = shape.kv_heads / parts;
     const int64_t heads = part * group;                           // query heads of an item
     const int64_t floats = q_row * W + sums_row + key_block + 2;  // of Work, a head
-    const int64_t region = round_up(heads * floats * static_cast<int64_t>(sizeof(float)), 64);
-    char* const memory = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(region * threads)));
+    // A thread's own: how many of its items have been taken, on a cache line of its own, then its Work.
+    const int64_t region = line + round_up(heads * floats * static_cast<int64_t>(sizeof(float)), line);
+    char* const memory = static_cast<char*>(aligned_alloc(line, static_cast<size_t>(region * threads)));
     const bool ready = list && partials && memory;
     int64_t* const starts = list + 2 * items;  // [rows + 1]: the first item of each row
     if (ready) {
@@ -407,13 +407,25 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
             }
         }
         starts[shape.rows] = at;
+        for (int t = 0; t < threads; ++t) *reinterpret_cast<int64_t*>(memory + t * region) = 0;
         const float factor = shape.scale * log2_e;
-        int64_t taken = 0;
-        const auto take_item = [&]() PYRLHF_LAMBDA {
-            int64_t n;
+        // Each thread takes the items of its own share, then of others': a count that all of them take from would
+        // travel between the cores.
+        const auto take_number = [&]() PYRLHF_LAMBDA {
+            const int sharing = omp_get_num_threads(), self = omp_get_thread_num();
+            for (int i = 0, t = self; i < sharing; ++i, t = t + 1 < sharing ? t + 1 : 0) {
+                int64_t& taken = *reinterpret_cast<int64_t*>(memory + t * region);
+                int64_t n;
 #pragma omp atomic capture
-            n = taken++;
-            if (n >= items * parts) return Item<T>{shape.rows, 0, 0, {}, 0, 0};
+                n = taken++;
+                n += items * parts * t / sharing;
+                if (n < items * parts * (t + 1) / sharing) return n;
+            }
+            return items * parts;
+        };
+        const auto take_item = [&]() PYRLHF_LAMBDA {
+            const int64_t n = take_number();
+            if (n == items * parts) return Item<T>{shape.rows, 0, 0, {}, 0, 0};
             const int64_t at = n / parts, kv_head = n % parts * part, b = list[2 * at], c = list[2 * at + 1];
             const Cache<T> cache = {k_cache, v_cache, page_table + b * shape.max_pages, shape.page_size,
                                     shape.kv_heads * dim};
@@ -426,11 +438,7 @@ bool decode(const T* q, const T* k_cache, const T* v_cache, const int32_t* page_
         };
 #pragma omp parallel num_threads(tokens* shape.heads* dim < 65536 ? 1 : threads)
         {
-#if defined(_OPENMP)
-            char* const own = memory + region * omp_get_thread_num();
-#else
-            char* const own = memory;
-#endif
+            char* const own = memory + region * omp_get_thread_num() + line;
             Work work;
             work.q = reinterpret_cast<vi*>(own);
             work.q_row = q_row;

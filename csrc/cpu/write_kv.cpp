@@ -6,6 +6,8 @@ namespace pyrlhf {
 namespace PYRLHF_ISA {
 namespace {
 
+constexpr int64_t worth_a_fork = 1 << 14;  // bytes of k; below, waking the other threads takes longer than the work
+
 // `bytes` that may be of one cache line or of many: whole vectors here, the rest by memcpy.
 PYRLHF_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
     int64_t at = 0;
@@ -22,7 +24,7 @@ PYRLHF_INLINE void copy_bytes(char* to, const char* from, int64_t bytes) {
 void write_kv(const void* k, const void* v, void* k_cache, void* v_cache, const int64_t* slots, const WriteShape& shape,
               int threads) {
     const int64_t bytes = shape.dim_bytes, row = shape.heads * bytes;
-#pragma omp parallel for schedule(static) num_threads(shape.tokens* row < (1 << 17) ? 1 : threads)
+#pragma omp parallel for schedule(static) num_threads(shape.tokens* row < worth_a_fork ? 1 : threads)
     for (int64_t t = 0; t < shape.tokens; ++t)
         for (int64_t h = 0; h < shape.heads; ++h) {
             const int64_t to = slots[t] * row + h * bytes;
