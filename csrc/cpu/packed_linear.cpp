@@ -181,6 +181,15 @@ PYRLHF_INLINE void ask(const Unit* x, int64_t rows, int64_t depth, int64_t first
             prefetch(x + m * depth + k);
 }
 
+// Asks for the lines of y that a panel's results go to, into the second-level cache: meanwhile they come from where
+// they were read last, and no store waits for them.
+template <typename T>
+PYRLHF_INLINE void ask_for_results(const T* y, int64_t rows, int64_t columns, int64_t stride) {
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < columns; n += line / static_cast<int64_t>(sizeof(T)))
+            __builtin_prefetch(y + m * stride + n, 0, 2);
+}
+
 // One row fills few registers: it takes more columns at once.
 template <int M>
 constexpr int tile_width = M == 1 ? 4 : tile_vectors;
@@ -327,12 +336,14 @@ static void linear(const PackedLinearArrays& in, const PackedLinearShape& shape,
         int64_t first_panel = -1;  // of this thread
         const auto multiply = [&](int64_t panel, int64_t m, int64_t rows) PYRLHF_LAMBDA {
             const int64_t first = panel * panel_columns, columns = least(shape.out_features - first, panel_columns);
+            T* const to = y + m * shape.out_features + first;
+            ask_for_results(to, rows, columns, shape.out_features);
             first_panel = first_panel < 0 ? panel : first_panel;
             memset(sums, 0, depth == 0 ? sizeof(sums) : 0);
             multiply_panel(sums, x + m * depth, panel == first_panel, rows,
                            static_cast<const Unit*>(in.panels) + first * depth, depth);
             bias_of_panel(in, first, columns, bias);
-            finish(activation, sums, bias, rows, columns, y + m * shape.out_features + first, shape.out_features);
+            finish(activation, sums, bias, rows, columns, to, shape.out_features);
         };
         if (shape.rows >= own_rows * omp_get_num_threads())
             share_rows(shape.rows, panels, group, multiply);
