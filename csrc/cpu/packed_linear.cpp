@@ -173,9 +173,9 @@ PYRLHF_INLINE void ask(Ahead& ahead) {
     for (int64_t i = 0; i < ahead.burst && ahead.at < ahead.end; ++i, ahead.at += ahead.step) prefetch(ahead.at);
 }
 
-// Units [first, end) of all rows of x, or as many of them as there are.
+// Asks for units [first, end) of all rows of x, or as many of them as there are.
 template <typename Unit>
-PYRLHF_INLINE void ask(const Unit* x, int64_t rows, int64_t depth, int64_t first, int64_t end) {
+PYRLHF_INLINE void ask_for_units(const Unit* x, int64_t rows, int64_t depth, int64_t first, int64_t end) {
     for (int64_t m = 0; m < rows; ++m)
         for (int64_t k = first; k < least(end, depth); k += line / static_cast<int64_t>(sizeof(Unit)))
             prefetch(x + m * depth + k);
@@ -223,10 +223,10 @@ PYRLHF_INLINE int64_t passes(int64_t rows) {
 // just now, take long to come: they are asked for in the order in which they are read.
 template <typename Unit>
 static void multiply_panel(float* sums, const Unit* x, bool fresh, int64_t rows, const Unit* panel, int64_t depth) {
-    if (fresh) ask(x, rows, depth, 0, fresh_units);
+    if (fresh) ask_for_units(x, rows, depth, 0, fresh_units);
     for (int64_t k = 0; k < depth; k += block_units) {
         const int64_t units = least(depth - k, block_units);
-        if (fresh) ask(x, rows, depth, k + fresh_units, k + fresh_units + block_units);
+        if (fresh) ask_for_units(x, rows, depth, k + fresh_units, k + fresh_units + block_units);
         const Unit* const block = panel + k * panel_columns;
         Ahead ahead = ahead_of(block, passes(rows));
         int64_t m = 0;
