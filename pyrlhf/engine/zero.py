@@ -16,6 +16,7 @@ import io
 import logging
 import math
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def init_world(config: EngineConfig, *, log: Path | None = None) -> World:
 
 
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_LETTING_GO = 0.1  # seconds
 
 
 def _init_process_group(backend: str, rank: int, size: int) -> None:
@@ -242,8 +244,14 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
 
 
 def _leave() -> None:
+    """Leave the group while there is an interpreter.
+
+    Engines hold on to it, so gloo's threads live on. One that has yet to let go of the tensors of the last collective needs the
+    interpreter for that and aborts the process if it comes too late: asleep, this thread lets them have both.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        time.sleep(_LETTING_GO)
 
 
 _NOISY = ("DeepSpeed", "transformers", "datasets", "py.warnings")
