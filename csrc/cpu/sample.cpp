@@ -33,7 +33,7 @@ struct Cut {
 
 template <typename T>
 struct Row {
-    const T *logits, *next;  // next: of the row that this thread comes to after this one
+    const T *logits, *next;  // next: of the row after it, which but for the last of a share is the same thread's
     int64_t vocab;
     float top;      // the largest logit
     float inverse;  // 1 / temperature
